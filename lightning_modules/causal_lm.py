@@ -1,0 +1,147 @@
+"""The language-modelling objective as a LightningModule."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from qat.errors import InputError
+from qat.quantizers import Quantizer
+
+
+class CausalLMModule(pl.LightningModule):
+    """Next-token cross entropy for any transformers causal LM, quantized or not.
+
+    Args:
+        model: takes `input_ids` and `labels`, returns an object with `loss`.
+        optimizer: called with parameter groups.
+        scheduler: called with the optimizer and `num_training_steps`; None keeps the learning rate constant.
+        quantizer_lr: learning rate of everything that quantizers learn (scales, zero points, codebooks); their
+            parameters never decay. None: that of the weights.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
+        scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
+        quantizer_lr: float | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model.train()
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = scheduler
+        self.quantizer_lr = quantizer_lr
+        if hasattr(model, "config"):
+            model.config.use_cache = False
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self._nll = torch.zeros(2, dtype=torch.float64)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        if not torch.isfinite(loss):
+            raise InputError(self._explain(loss, batch))
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._nll = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        loss = self.model(**batch).loss if tokens else torch.zeros(())
+        self._nll += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        nll, tokens = self.all_gather(self._nll.to(self.device, torch.float32)).reshape(-1, 2).sum(0).tolist()
+        loss = torch.tensor(nll / max(tokens, 1))
+        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLMModule":
+        """Cast and move, but leave computed buffers (rotary frequencies) in their dtype, as transformers does itself.
+
+        Lightning's `bf16-true` casts every buffer; positions would be rounded to 8 bits, unlike in a reloaded model.
+        """
+        computed = [
+            (module, name, module._buffers[name])
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+            if module._buffers[name] is not None
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in computed:
+            after = module._buffers[name]
+            if after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
+        return self
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled or gradient_clip_algorithm == "value" or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        # Lightning refuses to clip for a fused optimizer under autocast, although nothing is scaled in bfloat16.
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        self.log("train/gradient_norm", norm)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory(parameter_groups(self.model, self.quantizer_lr))
+        if self.scheduler_factory is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self.scheduler_factory(optimizer, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _explain(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
+        layer = first_non_finite(self.model, batch)
+        return (
+            f"The loss became {loss.item()} at step {self.global_step}. First layer with a non-finite output: "
+            f"{layer or 'none, the loss itself overflows'}. Lower optimizer.lr or module.quantizer_lr, set "
+            "trainer.gradient_clip_val, or train in 32-true."
+        )
+
+
+def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (norms, biases) do not; what quantizers learn has its own rate and does not either."""
+    learned = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"name": "matrices", "params": [p for p in trained if id(p) not in learned and p.ndim >= 2]},
+        {"name": "vectors", "params": [p for p in trained if id(p) not in learned and p.ndim < 2], "weight_decay": 0.0},
+        {"name": "quantizers", "params": [p for p in trained if id(p) in learned], "weight_decay": 0.0},
+    ]
+    if quantizer_lr is not None:
+        groups[2]["lr"] = quantizer_lr
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
+    """Name of the first submodule whose output holds a NaN or an infinity when `model` sees `batch`."""
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple | list) and output else output
+            if not found and isinstance(first, Tensor) and not torch.isfinite(first).all():
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(check(name)) for name, m in model.named_modules() if not any(m.children())]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,90 @@
+"""Checkpoints that are whole or not there, and that load without executing code."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from qat.atomic import replaced_file
+from qat.errors import InputError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old checkpoint and renames; a failure leaves the old one as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            InputError: if the disk is full or the folder cannot be written.
+        """
+        path = Path(path)
+        try:
+            with replaced_file(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+        except OSError as error:
+            raise _explain(error, path) from error
+        except RuntimeError as error:
+            # torch reports a failed write of its archive as a RuntimeError, whatever the system said.
+            raise _explain(OSError(errno.EIO, "the write failed, is the disk full?"), path) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read `path` with `weights_only=True`.
+
+        Raises:
+            InputError: if the file is missing or damaged.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"There is no checkpoint at {path}.")
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:  # unpickling damaged bytes raises almost anything
+            raise InputError(
+                f"The checkpoint {path} is damaged: {str(error).strip().splitlines()[0]} Delete it and run again."
+            ) from error
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps one checkpoint, `last.ckpt`, rewritten every so many steps and when training ends.
+
+    Args:
+        dirpath: folder.
+        every_n_steps: optimizer steps between checkpoints.
+        save_at_end: also write one after the last step.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: int = 100, save_at_end: bool = True) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every_n_steps, self.save_at_end = every_n_steps, save_at_end
+        self._saved_step = 0
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint now, unless this step's is there already."""
+        if self._saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.path)
+            self._saved_step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.save_at_end:
+            self.save(trainer)
+
+
+def _explain(error: OSError, path: Path) -> InputError:
+    what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+    kept = f"The previous checkpoint {path} is intact" if path.exists() else "No checkpoint was lost"
+    return InputError(
+        f"Cannot write the checkpoint {path}: {what}. {kept}; free space or set paths.output_dir, then resume."
+    )

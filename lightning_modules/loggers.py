@@ -1,0 +1,79 @@
+"""A CSV logger that a resumed run continues."""
+
+import csv
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities import rank_zero_only
+
+from qat.atomic import replaced_file
+
+
+class CSVLogger(Logger):
+    """Writes `metrics.csv`, one row a step, and keeps what an earlier part of the same run wrote.
+
+    Lightning's own deletes the file when a run starts in a folder that was used before.
+
+    Args:
+        save_dir: folder of the run.
+        flush_every_n_steps: rows between writes.
+    """
+
+    def __init__(self, save_dir: str, flush_every_n_steps: int = 50) -> None:
+        super().__init__()
+        self.path = Path(save_dir) / "metrics.csv"
+        self._every = flush_every_n_steps
+        self._rows: dict[int, dict[str, Any]] = {}
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                self._rows = {
+                    int(row["step"]): {k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)
+                }
+        self._unwritten = 0
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return os.fspath(self.path.parent)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "CSVLogger":
+        return self
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The composed configuration is kept by Hydra beside the metrics."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._rows.setdefault(step or 0, {}).update(metrics)
+        self._unwritten += 1
+        if self._unwritten >= self._every:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all rows."""
+        if not self._rows:
+            return
+        columns = dict.fromkeys(key for row in self._rows.values() for key in row)
+        with replaced_file(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", *(c for c in columns if c != "step")], restval="")
+            writer.writeheader()
+            writer.writerows({**row, "step": step} for step, row in sorted(self._rows.items()))
+        self._unwritten = 0
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()

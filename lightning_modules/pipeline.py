@@ -1,0 +1,155 @@
+"""The whole job: build, prepare, fit, test, export; the same for every method, which only chooses the parts."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.loggers import CSVLogger
+from lightning_modules.models import LoadedModel
+from lightning_modules.report import Report, plot_training
+from qat import convert, load, prepare
+from qat.errors import InputError
+from qat.export.artifact import bits_per_weight
+from qat.export.parity import check_logits
+from qat.nn import PackedLinear, QuantLinear
+from qat.transforms import quant_linears, uncalibrated
+
+FULL, ROUNDED = "full precision", "rounded to nearest"
+TRAINED, SHIPPED = "after training, fake-quantized", "converted, saved, loaded"
+_MIB = 2**20
+
+
+class Job:
+    """One run: the parts that the configuration chose, and the steps that they go through."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        pl.seed_everything(cfg.seed, verbose=False)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        self.cfg = cfg
+        self.console = Console()
+        self.folder = Path(cfg.paths.output_dir)
+        self.loaded: LoadedModel = instantiate(cfg.model)
+        self.data: pl.LightningDataModule = instantiate(cfg.data, tokenizer=self.loaded.tokenizer)
+        self.data.setup()
+        self.module: CausalLMModule = instantiate(cfg.module, model=self.loaded.model)
+        self.trainer: pl.Trainer = instantiate(
+            cfg.trainer,
+            callbacks=list(instantiate(cfg.callbacks).values()),
+            logger=_loggers(cfg),
+        )
+        self.report = Report(self.folder, f"{self.loaded.name}: {cfg.title}")
+        self.checkpoint = _last_checkpoint(cfg.ckpt_path)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.loaded.model
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Go through all steps; what an interrupted run measured is not measured again.
+
+        Returns:
+            The rows of the report by name.
+        """
+        sizes = [(p.numel(), p.element_size()) for p in self.model.parameters()]
+        self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
+        self._measure(FULL, sum(count * width for count, width in sizes))
+        self._prepare()
+        quantized = any(True for _ in quant_linears(self.model))
+        if quantized:
+            self._measure(ROUNDED)
+        if self.cfg.fit:
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
+            self._measure(TRAINED)
+        if quantized and self.cfg.export:
+            self._export()
+        self.report.print(self.console)
+        self._draw()
+        return self.report.rows
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _measure(self, row: str, size: int | None = None) -> None:
+        """Add a row for the model as it is now: perplexity, bits per (quantized) weight, and `size` in bytes."""
+        if row in self.report:
+            return
+        model = self.module.model
+        if any(isinstance(layer, QuantLinear | PackedLinear) for layer in model.modules()):
+            bits = bits_per_weight(model)
+        else:
+            bits = 8.0 * next(model.parameters()).element_size()
+        self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
+        perplexity = float(self.trainer.callback_metrics["val/perplexity"])
+        self.report.add(row, perplexity=perplexity, bits_per_weight=bits, mib=None if size is None else size / _MIB)
+        self._say(f"{row}: perplexity {perplexity:.2f}")
+
+    def _prepare(self) -> None:
+        # A checkpoint will bring the quantizers' state, unless the rounding row is still to be measured.
+        fresh = self.checkpoint is None or ROUNDED not in self.report
+        self.model.to(self.trainer.strategy.root_device)
+        with Progress(console=self.console, transient=True) as progress:
+            task = progress.add_task("fitting quantizers", total=None)
+            prepare(
+                self.model,
+                instantiate(self.cfg.scheme),
+                initialize=fresh,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if not fresh:
+            return
+        for transform in instantiate(self.cfg.transforms).values():
+            transform(self.model, self._calibration_batches())
+        for name in uncalibrated(self.model):
+            raise InputError(f"{name} is static but nothing calibrated it: add transforms=calibrate.")
+
+    def _calibration_batches(self) -> list[dict[str, Tensor]]:
+        device = self.trainer.strategy.root_device
+        batches = islice(self.data.train_dataloader(), self.cfg.calibration_batches)
+        return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+
+    def _export(self) -> None:
+        """Convert, save and reload, and hold the reloaded model to the trained one's logits."""
+        probe = next(iter(self.data.val_dataloader()))
+        trained = self._logits(self.model, probe)
+        convert(self.model)
+        for name, write in instantiate(self.cfg.export).items():
+            folder = write(self.model, self.folder / name, tokenizer=self.loaded.tokenizer)
+            self.module.model = load(folder)
+            check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            self._measure(SHIPPED, size)
+            self._say(f"{folder}: the same logits as the trained model")
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        device = self.trainer.strategy.root_device
+        model.to(device).eval()
+        with self.trainer.precision_plugin.forward_context():
+            return model(input_ids=batch["input_ids"].to(device)).logits
+
+    def _draw(self) -> None:
+        metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
+        if metrics.is_file() and plot_training(metrics, picture, self.report.title):
+            self._say(f"picture: {picture}")
+
+
+def _loggers(cfg: DictConfig) -> list[Logger]:
+    """The chosen logger, and always the CSV that the picture is drawn from."""
+    chosen = instantiate(cfg.logger)
+    return [chosen] if isinstance(chosen, CSVLogger) else [chosen, CSVLogger(cfg.paths.output_dir)]
+
+
+def _last_checkpoint(path: str | None) -> str | None:
+    """The checkpoint to start from; `resume=` names the run's own even if it never came to write one."""
+    return path if path and (Path(path).is_file() or Path(path).name != "last.ckpt") else None

@@ -1,0 +1,14 @@
+"""Quantization-aware training: formats, quantizers, layers and export.
+
+prepare(model, scheme)        nn.Linear -> QuantLinear
+calibrate(model, batches)     static activation quantizers find their scales
+convert(model)                QuantLinear -> PackedLinear
+save(model, folder), load(folder)
+"""
+
+from qat.errors import InputError
+from qat.export.artifact import load, save
+from qat.transforms import Rule, Scheme, calibrate, convert, prepare
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Rule", "Scheme", "calibrate", "convert", "load", "prepare", "save"]

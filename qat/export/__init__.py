@@ -1,0 +1,1 @@
+"""Export: writing converted models for the engines that serve them."""

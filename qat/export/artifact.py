@@ -1,0 +1,202 @@
+"""The native artifact: a folder with `model.safetensors`, `quant_config.json` and the model's own `config.json`.
+
+It loads without Hydra and without any Quantizer, and computes the same logits as the model that was trained.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.atomic import replaced_folder
+from qat.errors import InputError
+from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
+from qat.numerics.metrics import stored_bits
+from qat.numerics.qtensor import QuantizedTensor
+from qat.quantizers import Quantizer
+from qat.transforms.prepare import replace
+
+FORMAT_VERSION = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Write a converted `model` to `folder`, completely or not at all; whatever stood there is replaced.
+
+    A transformers model brings its `config.json` and generation settings, and the folder is all that `load` needs. For
+    another model, `load` takes the unquantized architecture as an argument.
+
+    Args:
+        model: a model that `convert` returned.
+        folder: where to write.
+        tokenizer: saved beside the model, if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if the model holds no PackedLinear.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if not layers:
+        raise InputError("Nothing to save: the model has no PackedLinear. Call qat.convert(model) first.")
+    tensors, tied = _unique_tensors(model)
+    with replaced_folder(folder) as temporary:
+        parts: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer]
+        for part in parts:
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(temporary)
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        config = {
+            "format_version": FORMAT_VERSION,
+            "bits_per_weight": bits_per_weight(model),
+            "sha256": _sha256(temporary / _WEIGHTS),
+            "tied": tied,
+            "layers": {name: _describe(layer) for name, layer in layers.items()},
+        }
+        (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    return Path(folder)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read an artifact back.
+
+    Args:
+        folder: what `save` wrote.
+        model: the unquantized architecture to fill, its weights being ignored. Default: built from `config.json` by
+            transformers.
+
+    Returns:
+        The model in evaluation mode, its quantized layers being PackedLinear.
+
+    Raises:
+        InputError: if the folder is not an artifact, is damaged, or was written by a newer version.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if _sha256(folder / _WEIGHTS) != config["sha256"]:
+        raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
+    model = _empty_model(folder) if model is None else model
+    for name, description in config["layers"].items():
+        replace(model, name, _allocate(description))
+    _fill(model, tensors, config["tied"])
+    return model.eval()
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Stored bits (codes, scales, zero points, codebooks) over the number of quantized weights; shared ones count once.
+
+    The same before `convert` and after it.
+    """
+    quantized: dict[int, QuantizedTensor] = {}
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            quantized[id(layer.weight)] = layer.weight.quantized()
+        elif isinstance(layer, QuantLinear) and isinstance(layer.weight_quantizer, Quantizer):
+            quantized[id(layer.weight)] = layer.weight_quantizer.quantize(layer.weight)
+    if not quantized:
+        raise InputError("The model has no quantized weight, so it has no bits per weight.")
+    return sum(map(stored_bits, quantized.values())) / sum(q.codes.numel() for q in quantized.values())
+
+
+def _describe(layer: PackedLinear) -> dict[str, Any]:
+    description: dict[str, Any] = {"weight": layer.weight.description, "bias": None}
+    if layer.bias is not None:
+        description["bias"] = {"shape": list(layer.bias.shape)}
+    for role in ("input_quantizer", "output_quantizer"):
+        stored = getattr(layer, role)
+        description[role] = stored.description if isinstance(stored, StoredActivation) else None
+    return description
+
+
+def _allocate(description: Mapping[str, Any]) -> PackedLinear:
+    bias = description["bias"]
+    roles = (description["input_quantizer"], description["output_quantizer"])
+    return PackedLinear(
+        PackedTensor(description["weight"]),
+        None if bias is None else torch.empty(bias["shape"]),
+        *(None if role is None else StoredActivation(role) for role in roles),
+    )
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's tensors, each storage once; and for every other name of a storage, the name it is kept under."""
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[int, int], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            kept[name] = tensor.detach().contiguous().cpu()
+    return kept, tied
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str]) -> None:
+    owners = dict(model.named_modules(remove_duplicate=False))
+    expected = set(model.state_dict())
+    missing = expected - set(tensors) - set(tied)
+    unexpected = (set(tensors) | set(tied)) - expected
+    if missing or unexpected:
+        raise InputError(
+            f"The artifact does not fit the model: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}."
+        )
+    parameters: dict[str, nn.Parameter] = {}
+    for name in expected:
+        source = tied.get(name, name)
+        path, _, leaf = name.rpartition(".")
+        owner = owners[path]
+        if leaf in owner._parameters:
+            parameters.setdefault(source, nn.Parameter(tensors[source], tensors[source].is_floating_point()))
+            setattr(owner, leaf, parameters[source])
+        else:
+            setattr(owner, leaf, tensors[source])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not an artifact of this project: it has no {name}.")
+    try:
+        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+        version = config["format_version"]
+        absent = {"sha256", "tied", "layers"} - set(config)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / _CONFIG} is damaged ({error}). Export the run again.") from error
+    if version > FORMAT_VERSION:
+        raise InputError(f"{folder} has format_version {version}, this version reads up to {FORMAT_VERSION}: upgrade.")
+    if absent:
+        raise InputError(f"{folder / _CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
+    return config
+
+
+def _empty_model(folder: Path) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
+        ) from error
+    # Buffers that are computed, not stored (rotary frequencies), must be real.
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

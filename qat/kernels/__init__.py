@@ -1,0 +1,1 @@
+"""Kernels: operators behind one dispatch, each beside its reference."""

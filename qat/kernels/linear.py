@@ -1,0 +1,75 @@
+"""A linear layer with a fake-quantized weight that keeps codes, not a second weight, for its backward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from qat.kernels import ops
+from qat.kernels.scratch import scratch
+from qat.numerics.formats import Format
+from qat.numerics.granularity import Granularity
+from qat.numerics.qtensor import QParams
+
+
+def fake_quantized_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, qparams: QParams, format: Format, granularity: Granularity
+) -> Tensor:
+    """y = x @ fake_quantize(weight)^T + bias.
+
+    The same bits as `F.linear(x, fake_quantize(weight), bias)`, but autograd holds one byte a weight instead of a
+    whole fake-quantized weight, and finds the codes once for both passes.
+
+    Args:
+        x: `[..., in]`.
+        weight: `[out, in]`.
+        bias: `[out]` or None.
+
+    Returns:
+        y `[..., out]`, in the dtype of x, or of autocast where that is on.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    groups = weight.numel() // granularity.view(weight).shape[1]
+    grid = ops.grid_of(qparams, format, groups)
+    return _FakeQuantizedLinear.apply(x, weight, bias, granularity, *grid)
+
+
+class _FakeQuantizedLinear(torch.autograd.Function):
+    """dx = dy @ W_hat; dW_hat = dy^T @ x, then dW and the gradients of the qparams as for `fake_quantize`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, granularity: Granularity, *grid: Any
+    ) -> Tensor:
+        codes = torch.ops.qat.quantize(granularity.view(weight), *grid)
+        *params, ctx.format = grid
+        ctx.granularity = granularity
+        ctx.save_for_backward(x, weight, codes, *params)
+        return F.linear(x, _rebuild(ctx, codes, weight, x.dtype, *params), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, codes, *params = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, *need_params, _ = ctx.needs_input_grad
+        dx = dy @ _rebuild(ctx, codes, weight, dy.dtype, *params) if need_x else None
+        dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+        found: tuple[Tensor | None, ...] = (None,) * 4
+        if need_weight or any(need_params):
+            view = ctx.granularity.view
+            dw_hat = dy.flatten(0, -2).T @ x.flatten(0, -2)
+            needs = (need_weight, *need_params)
+            found = ops.gradients_(view(dw_hat), view(weight), codes, needs, *params, ctx.format)
+        dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
+        return dx, dweight, dbias, None, *found[1:], None
+
+
+def _rebuild(ctx: Any, codes: Tensor, weight: Tensor, dtype: torch.dtype, *params: Tensor | None) -> Tensor:
+    """W_hat from its codes; valid until the next call, because it lives in memory that all layers share."""
+    values = scratch(codes.shape, dtype, codes.device)
+    torch.ops.qat.dequantize_(codes, values, *params, ctx.format)
+    return ctx.granularity.unview(values, weight.shape)

@@ -1,0 +1,73 @@
+"""Stored activation quantization: the grid of a trained input or output quantizer, without the Quantizer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import InputError
+from qat.kernels import ops
+from qat.nn.packed import dtype_name, dtype_named
+from qat.numerics.formats import parse_format
+from qat.numerics.functional import dynamic_qparams
+from qat.numerics.granularity import parse_granularity
+from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.quantizers import Quantizer
+
+
+class StoredActivation(nn.Module):
+    """Fake-quantizes x with stored qparams, or with a scale computed from x by a named rule.
+
+    Args:
+        description: format, granularity, rule (or None), scale_dtype, and the shape and dtype of each stored field.
+            Buffers are allocated from it and filled by `load_state_dict`.
+    """
+
+    codebook: Tensor | None
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        super().__init__()
+        self.description = description
+        self.format = parse_format(description["format"])
+        self.granularity = parse_granularity(description["granularity"])
+        self.rule = description["rule"]
+        self.scale_dtype = dtype_named(description["scale_dtype"])
+        for name in QParams._fields:
+            field = description.get(name)
+            buffer = None if field is None else torch.empty(field["shape"], dtype=dtype_named(field["dtype"]))
+            self.register_buffer(name, buffer)
+
+    @classmethod
+    def from_quantizer(cls, quantizer: Quantizer) -> "StoredActivation":
+        """Keep what `quantizer` computes for an activation.
+
+        Raises:
+            InputError: if its scales are quantized themselves, which is a storage format for weights.
+        """
+        qparams = quantizer.to_storage(quantizer.ready_qparams(torch.zeros(quantizer.shape)))
+        if isinstance(qparams.scale, QuantizedTensor):
+            raise InputError("Double quantization stores weights; for activations set double_quant=false.")
+        kept = {name: value for name, value in qparams._asdict().items() if value is not None}
+        if quantizer.rule is not None:
+            kept = {name: value for name, value in kept.items() if name == "codebook"}
+        description = {
+            "format": quantizer.format.name,
+            "granularity": str(quantizer.granularity),
+            "rule": quantizer.rule,
+            "scale_dtype": dtype_name(quantizer.scale_dtype),
+        }
+        fields = {name: {"shape": list(value.shape), "dtype": dtype_name(value.dtype)} for name, value in kept.items()}
+        stored = cls(description | fields)
+        for name, value in kept.items():
+            getattr(stored, name).copy_(value)
+        return stored
+
+    def forward(self, x: Tensor) -> Tensor:
+        qparams = QParams(*(getattr(self, name) for name in QParams._fields))
+        if self.rule is not None:
+            found = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+            qparams = found._replace(codebook=self.codebook)
+        return ops.fake_quantize(x, qparams, self.format, self.granularity)
+
+    def extra_repr(self) -> str:
+        return f"{self.format.name}, {self.granularity}, {self.rule or 'static'}"

@@ -1,0 +1,1 @@
+"""Numerics: formats, granularities and quantized tensors; tensors only, no layers."""

@@ -1,0 +1,51 @@
+"""Figures that say how good a quantized tensor is and what it costs."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat.numerics.packing import packed_bytes
+from qat.numerics.qtensor import QuantizedTensor
+
+
+@torch.no_grad()
+def sqnr(x: Tensor, x_hat: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: 10 log10(sum x^2 / sum (x - x_hat)^2); infinite when equal."""
+    signal = x.float().square().sum().item()
+    noise = (x.float() - x_hat.float()).square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@torch.no_grad()
+def code_use(q: QuantizedTensor) -> float:
+    """Share of the format's codes that occur in each codebook row (or in the whole tensor), averaged over rows."""
+    low, high = q.format.code_range
+    entries = high - low + 1
+    codebook = q.qparams.codebook
+    rows = 1 if codebook is None else codebook.numel() // entries
+    codes = q.granularity.view(q.codes).reshape(rows, -1).long() - low
+    used = torch.zeros(rows, entries, device=codes.device).scatter_(1, codes, 1.0)
+    return used.mean().item()
+
+
+@torch.no_grad()
+def code_entropy(q: QuantizedTensor) -> float:
+    """Entropy of the codes in bits a weight: what an ideal entropy coder would need."""
+    low, high = q.format.code_range
+    counts = torch.bincount(q.codes.reshape(-1).long() - low, minlength=high - low + 1).double()
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * share.log2()).sum())
+
+
+def stored_bits(q: QuantizedTensor) -> int:
+    """Bits that the artifact spends on `q`: packed codes, scales, zero points, codebooks and offsets."""
+    bits = 8 * packed_bytes(q.codes.numel(), q.format.bits)
+    for field in q.qparams:
+        if isinstance(field, QuantizedTensor):
+            bits += stored_bits(field)
+        elif field is not None:
+            bits += 8 * field.numel() * field.element_size()
+    return bits

@@ -1,0 +1,39 @@
+"""Bit packing: 8 codes of b bits become exactly b bytes, for every b from 1 to 8.
+
+Code i of eight occupies bits [b*i, b*i + b) of a little-endian word of 8*b bits; the flattened tensor is padded with
+zeros to a multiple of eight codes. Signed codes are stored minus the lowest code of their format.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qat.numerics.formats import Format
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return math.ceil(count / 8) * bits
+
+
+def pack(codes: Tensor, format: Format) -> Tensor:
+    """Pack codes of any shape into a flat uint8 tensor of `packed_bytes(codes.numel(), format.bits)` bytes."""
+    unsigned = codes.reshape(-1).to(torch.int64) - format.code_range[0]
+    eights = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % 8)).view(-1, 8)
+    words = (eights << _shifts(format.bits, codes.device)).sum(1)
+    return words.view(torch.uint8).view(-1, 8)[:, : format.bits].reshape(-1).contiguous()
+
+
+def unpack(packed: Tensor, format: Format, shape: Sequence[int]) -> Tensor:
+    """Undo `pack` for a tensor of `shape`."""
+    low_bytes = packed.view(-1, format.bits)
+    words = torch.nn.functional.pad(low_bytes, (0, 8 - format.bits)).contiguous().view(torch.int64)
+    eights = (words >> _shifts(format.bits, packed.device)) & (2**format.bits - 1)
+    codes = (eights.reshape(-1)[: math.prod(shape)] + format.code_range[0]).to(format.code_dtype)
+    return codes.view(tuple(shape))
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(8, device=device) * bits

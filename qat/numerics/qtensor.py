@@ -1,0 +1,94 @@
+"""`QParams` and `QuantizedTensor`: the narrow waist of the project.
+
+Everything above (training, calibration, adapters) produces a QuantizedTensor, everything below (kernels, packing,
+export) consumes one. The meaning of the stored numbers is fixed here, once:
+
+    x ~ (decode(codes) - zero_point) * scale + offset
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from qat.numerics.formats import Format
+from qat.numerics.granularity import Granularity
+
+
+class ViewParams(NamedTuple):
+    """QParams in float32 for the view `[groups, elements]`: `[groups, 1]` each, the codebook `[rows, entries]`."""
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+    offset: Tensor | None = None
+
+
+class QParams(NamedTuple):
+    """How codes relate to values. Every field is already rounded to what storage can hold.
+
+    scale: positive, of `granularity.param_shape(x.shape)`; or itself a QuantizedTensor (NF4 double quantization).
+    zero_point: integer-valued, shaped like scale; None is zero.
+    codebook: `[..., entries]`, ascending along the last dimension; leading dimensions are coarser than or equal to
+        those of scale.
+    offset: added at the end, one value or one per group; None is zero. Not trained.
+    """
+
+    scale: Union[Tensor, "QuantizedTensor"]
+    zero_point: Tensor | None = None
+    codebook: Tensor | None = None
+    offset: Tensor | None = None
+
+    def for_view(self) -> ViewParams:
+        """Lay the parameters out for `granularity.view(x)`; a quantized scale is dequantized."""
+        scale = self.scale.dequantize() if isinstance(self.scale, QuantizedTensor) else self.scale
+        scale = scale.reshape(-1, 1).to(torch.float32)
+        entries = 1 if self.codebook is None else self.codebook.shape[-1]
+        return ViewParams(scale, _rows(self.zero_point, 1), _rows(self.codebook, entries), _rows(self.offset, 1))
+
+
+def _rows(field: Tensor | None, width: int) -> Tensor | None:
+    return None if field is None else field.reshape(-1, width).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Integer codes and what they stand for.
+
+    codes: shaped like the tensor, one code an element (int8 or uint8, not packed).
+    dtype: what `dequantize` returns.
+    """
+
+    codes: Tensor
+    qparams: QParams
+    format: Format
+    granularity: Granularity
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> Tensor:
+        """The values, in `dtype`, computed in float32."""
+        params = self.qparams.for_view()
+        values = self.format.decode(self.granularity.view(self.codes), params.codebook)
+        return self.granularity.unview(unscale(values, params), self.shape).to(self.dtype)
+
+
+def scale_down(view: Tensor, params: ViewParams) -> Tensor:
+    """v = (x - offset) / scale + zero_point in float32, for `view` `[groups, elements]`."""
+    x = view.to(torch.float32)
+    if params.offset is not None:
+        x = x - params.offset
+    v = x / params.scale
+    return v if params.zero_point is None else v + params.zero_point
+
+
+def unscale(v_hat: Tensor, params: ViewParams) -> Tensor:
+    """x_hat = (v_hat - zero_point) * scale + offset, the inverse of `scale_down`."""
+    if params.zero_point is not None:
+        v_hat = v_hat - params.zero_point
+    x_hat = v_hat * params.scale
+    return x_hat if params.offset is None else x_hat + params.offset

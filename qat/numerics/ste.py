@@ -1,0 +1,37 @@
+"""The straight-through estimator: the only place where this project replaces a derivative.
+
+Estimating or Propagating Gradients Through Stochastic Neurons (Bengio et al., arXiv 1308.3432).
+"""
+
+import torch
+from torch import Tensor
+
+
+def straight_through(v: Tensor, v_hat: Tensor) -> Tensor:
+    """Return `v_hat` exactly, with the gradient of `v` added to its own.
+
+    The form `v_hat + (v - v.detach())` matters: the bracket is exactly zero, so that no bit of `v_hat` changes, while
+    `v + (v_hat - v).detach()` would round. A `v_hat` that depends on parameters (a codebook) keeps their gradient.
+    """
+    return v_hat + (v - v.detach())
+
+
+def round_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round `value` to what `dtype` can store, straight through, and return it in float32.
+
+    Scales and codebooks pass through here before every use, so that what trains is what ships.
+    """
+    return straight_through(value, value.detach().to(dtype).to(torch.float32))
+
+
+def round_up_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a positive, detached `value` up to the next number of `dtype`; return float32.
+
+    An absolute maximum divided by a scale rounded up stays inside the grid, so that the largest weight of a group is
+    not clipped and keeps its gradient.
+    """
+    info = torch.finfo(dtype)
+    nearest = value.to(dtype)
+    above = (value * (1 + info.eps / 2)).to(dtype)
+    rounded = torch.where(nearest.to(torch.float32) < value, above, nearest)
+    return rounded.clamp(min=info.tiny, max=info.max).to(torch.float32)

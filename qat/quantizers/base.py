@@ -1,0 +1,144 @@
+"""The base of every quantizer: a new one overrides `qparams` and inherits everything else."""
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.errors import InputError
+from qat.kernels import ops
+from qat.kernels.linear import fake_quantized_linear
+from qat.numerics.formats import Format
+from qat.numerics.granularity import Granularity, parse_granularity
+from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.quantizers.observers import MinMaxObserver, Observer
+
+STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Quantizer(nn.Module):
+    """Finds the qparams of a tensor; quantizes and fake-quantizes with them.
+
+    Args:
+        shape: shape of the tensor to quantize; for an activation its trailing part `(features,)`. Parameters are made
+            from it at once and never change their shape.
+        format: the grid.
+        granularity: who shares a scale, as an object or spelled (`per_group_64`).
+        scale_dtype: how scales are stored: `bfloat16`, `float16` or `float32`. What trains is what ships: they are
+            rounded to it before every use.
+
+    Attributes:
+        rule: the name under `qat.numerics.functional.DYNAMIC_RULES` by which qparams follow from x alone, or None
+            when they are parameters or buffers.
+        initialized: whether `initialize` ran, or nothing needs it. A static quantizer refuses to work before.
+        observer: set while calibrating; x then passes through unchanged and is only looked at.
+    """
+
+    rule: str | None = None
+
+    def __init__(
+        self, shape: Sequence[int], format: Format, granularity: str | Granularity, scale_dtype: str = "bfloat16"
+    ) -> None:
+        super().__init__()
+        if scale_dtype not in STORAGE_DTYPES:
+            raise InputError(f"scale_dtype '{scale_dtype}' is none of {', '.join(STORAGE_DTYPES)}.")
+        self.shape = tuple(shape)
+        self.format = format
+        self.granularity = parse_granularity(granularity)
+        self.scale_dtype = STORAGE_DTYPES[scale_dtype]
+        self.param_shape = self.granularity.param_shape(self.shape)
+        self.initialized = True
+        self.observer: Observer | None = None
+
+    def qparams(self, x: Tensor) -> QParams:
+        """Scale, zero point and codebook for `x`, rounded (straight through) to their storage types."""
+        raise NotImplementedError
+
+    def initialize_from(self, view: Tensor) -> None:
+        """Fill parameters and buffers in place from representative values `[groups, n]`."""
+
+    def make_observer(self) -> Observer:
+        """What to gather from activations before `initialize_from`."""
+        return MinMaxObserver()
+
+    @final
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Fill parameters and buffers in place from `x`."""
+        self.initialize_from(self.granularity.view(x))
+        self.initialized = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`: same shape and dtype, differentiable to x and to every learned parameter."""
+        if self.observer is not None:
+            self.observer.update(self.granularity.view(x.detach()))
+            return x
+        return ops.fake_quantize(x, self.ready_qparams(x), self.format, self.granularity)
+
+    @final
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
+        return fake_quantized_linear(x, weight, bias, self.ready_qparams(weight), self.format, self.granularity)
+
+    @final
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """Quantize `x` for storage: `self(x)` equals `self.quantize(x).dequantize()` to the bit."""
+        qparams = self.ready_qparams(x)
+        codes = ops.quantize(x, qparams, self.format, self.granularity)
+        return QuantizedTensor(codes, self.to_storage(qparams), self.format, self.granularity, x.dtype)
+
+    @final
+    def ready_qparams(self, x: Tensor) -> QParams:
+        """`qparams(x)`, refused while they hold nothing."""
+        if not self.initialized:
+            raise InputError(
+                f"{type(self).__name__} is static and was never calibrated: run qat.calibrate(model, batches) first, "
+                "or choose a dynamic quantizer."
+            )
+        return self.qparams(x)
+
+    @final
+    def to_storage(self, qparams: QParams) -> QParams:
+        """Cast each field to its storage type; exact, because `qparams` already rounded."""
+        scale, zero_point, codebook, offset = qparams
+        return QParams(
+            scale if isinstance(scale, QuantizedTensor) else scale.to(self.scale_dtype),
+            None if zero_point is None else zero_point.to(torch.uint8),
+            None if codebook is None else codebook.to(self.scale_dtype),
+            offset,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        """Move between devices, but stay in float32 when the model is cast: qparams are rounded by their own rule."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.initialized)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.initialized = bool(state)
+
+    def extra_repr(self) -> str:
+        learned = ", ".join(name for name, _ in self.named_parameters(recurse=False))
+        return f"{self.format.name}, {self.granularity}" + (f", learns {learned}" if learned else "")
+
+
+class NoQuantizer(nn.Identity):
+    """Leaves a tensor as it is, in a quantizer's place: no caller needs a branch, no scheme another shape."""
+
+    rule = None
+    initialized = True
+
+    def __init__(self, shape: Sequence[int] = (), bits: int | None = None) -> None:
+        super().__init__()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)

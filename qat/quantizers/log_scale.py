@@ -1,0 +1,14 @@
+"""Learned scales are stored as log2(scale): always positive, and every step of the optimizer is a relative one."""
+
+import torch
+from torch import Tensor
+
+
+def from_log_scale(log_scale: Tensor) -> Tensor:
+    """scale = 2^log_scale."""
+    return torch.exp2(log_scale)
+
+
+def log_scale_of(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """log2(scale), with scales too small for `dtype` (groups of zeros) raised to its smallest normal number."""
+    return torch.log2(scale.clamp(min=2 * torch.finfo(dtype).tiny))

@@ -1,0 +1,48 @@
+"""Observers condense many batches of an activation into a few representative values per group."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Observer(ABC):
+    """Sees the view `[groups, elements]` of every calibration batch; the number of groups is constant."""
+
+    @abstractmethod
+    def update(self, view: Tensor) -> None:
+        """Take in one batch."""
+
+    @abstractmethod
+    def summary(self) -> Tensor | None:
+        """Representative values `[groups, n]` for `Quantizer.initialize_from`; None when nothing was seen."""
+
+
+class MinMaxObserver(Observer):
+    """Keeps the smallest and the largest value of each group."""
+
+    def __init__(self) -> None:
+        self._extremes: Tensor | None = None
+
+    def update(self, view: Tensor) -> None:
+        both = torch.stack(torch.aminmax(view.float(), dim=1), dim=1)
+        seen = both if self._extremes is None else torch.cat([self._extremes, both], dim=1)
+        self._extremes = torch.stack(torch.aminmax(seen, dim=1), dim=1)
+
+    def summary(self) -> Tensor | None:
+        return self._extremes
+
+
+class SampleObserver(Observer):
+    """Keeps evenly spaced elements of every batch, at most `per_batch` a group: enough to fit scales and codebooks."""
+
+    def __init__(self, per_batch: int = 4096) -> None:
+        self.per_batch = per_batch
+        self._samples: list[Tensor] = []
+
+    def update(self, view: Tensor) -> None:
+        stride = max(1, view.shape[1] // self.per_batch)
+        self._samples.append(view[:, ::stride].float().clone())
+
+    def summary(self) -> Tensor | None:
+        return torch.cat(self._samples, dim=1) if self._samples else None

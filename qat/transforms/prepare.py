@@ -1,0 +1,128 @@
+"""Swap layers: nn.Linear for QuantLinear before training, QuantLinear for PackedLinear after it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.errors import InputError
+from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
+from qat.quantizers import NoQuantizer, Quantizer
+from qat.transforms.rules import Rule, Scheme
+
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress: Progress = _silent) -> nn.Module:
+    """Replace the linear layers of `model` by QuantLinear as `scheme` says, in place.
+
+    The Parameters stay the same objects. A Parameter that several layers share gets one weight quantizer, shared too.
+    Static activation quantizers still need `calibrate`.
+
+    Args:
+        initialize: fit the weight quantizers to the weights now; leave out when a checkpoint will be loaded over them.
+        progress: called with the number of layers done and their total.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: if the model has no linear layer, a rule matches none, or a group size does not divide a layer.
+    """
+    _conv1d_to_linear(model)
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if not linears:
+        raise InputError("The model has no linear layer left to quantize; was it prepared already?")
+    shared: dict[int, Quantizer | NoQuantizer] = {}
+    head = None if scheme.head else _output_head(model)
+    assigned = {name: rule for name, rule in scheme.assign(linears).items() if linears[name] is not head}
+    for done, (name, rule) in enumerate(assigned.items(), 1):
+        linear = linears[name]
+        key = id(linear.weight)
+        if key not in shared:
+            shared[key] = _weight_quantizer(name, linear, rule, initialize)
+        replace(model, name, _quant_linear(name, linear, rule, shared[key]))
+        progress(done, len(assigned))
+    return model
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Replace every QuantLinear of `model` by a PackedLinear that stores codes, in place.
+
+    Layers that share a weight share its packed codes. The full-precision weights are released.
+    """
+    packed: dict[int, PackedTensor] = {}
+    for name, layer in list(quant_linears(model)):
+        if isinstance(layer.weight_quantizer, NoQuantizer):
+            raise InputError(f"{name} has no weight quantizer, so there is nothing to pack; give the scheme a weight.")
+        key = id(layer.weight)
+        if key not in packed:
+            packed[key] = PackedTensor.from_quantized(layer.weight_quantizer.quantize(layer.weight))
+        stored = PackedLinear(
+            packed[key],
+            layer.bias,
+            *(_stored(q, layer.weight.device) for q in (layer.input_quantizer, layer.output_quantizer)),
+        )
+        replace(model, name, stored.train(layer.training))
+    return model
+
+
+def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
+    """Every QuantLinear of `model` with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            yield name, module
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _output_head(model: Any) -> nn.Module | None:
+    """The layer that transformers calls the output embeddings."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _weight_quantizer(name: str, linear: nn.Linear, rule: Rule, initialize: bool) -> Quantizer | NoQuantizer:
+    quantizer: Any = _make(rule.weight, tuple(linear.weight.shape), name, "weight").to(linear.weight.device)
+    if initialize and isinstance(quantizer, Quantizer):
+        quantizer.initialize(linear.weight)
+    return quantizer
+
+
+def _quant_linear(name: str, linear: nn.Linear, rule: Rule, weight_quantizer: Quantizer | NoQuantizer) -> QuantLinear:
+    device = linear.weight.device
+    input_quantizer = _make(rule.input, (linear.in_features,), name, "input").to(device)
+    output_quantizer = _make(rule.output, (linear.out_features,), name, "output").to(device)
+    return QuantLinear(linear, weight_quantizer, input_quantizer, output_quantizer)
+
+
+def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
+    try:
+        return factory(shape=shape)
+    except InputError as error:
+        raise InputError(f"{name}, {role} of shape {list(shape)}: {error}") from error
+    except TypeError as error:
+        raise InputError(f"{name}, {role}: the quantizer refused its options: {error}") from error
+
+
+def _stored(quantizer: nn.Module, device: torch.device) -> nn.Module:
+    return StoredActivation.from_quantizer(quantizer).to(device) if isinstance(quantizer, Quantizer) else nn.Identity()
+
+
+def _conv1d_to_linear(model: nn.Module) -> None:
+    """Replace the transposed linear layers of GPT-2 (`transformers.pytorch_utils.Conv1D`) by nn.Linear."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+            continue
+        linear = nn.Linear(module.weight.shape[0], module.nf, device="meta")
+        linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)
+        linear.bias = module.bias
+        replace(model, name, linear.train(module.training))

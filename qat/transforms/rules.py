@@ -1,0 +1,81 @@
+"""Schemes: which quantizer goes to which layer, as ordered rules."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qat.errors import InputError, nearest
+from qat.quantizers import NoQuantizer
+
+# Called with the shape of what it will quantize; a Hydra `_partial_` is one.
+QuantizerFactory = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the layers that `match` get. A rule without any quantizer leaves them in full precision.
+
+    Args:
+        match: names as in `model.named_modules()`, with shell wildcards: `*.down_proj`, `model.layers.[01].*`.
+        weight, input, output: a quantizer for each tensor, or None.
+    """
+
+    match: str | Sequence[str] = "*"
+    weight: QuantizerFactory = NoQuantizer
+    input: QuantizerFactory = NoQuantizer
+    output: QuantizerFactory = NoQuantizer
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    @property
+    def quantizes(self) -> bool:
+        factories = (self.weight, self.input, self.output)
+        return any(getattr(factory, "func", factory) is not NoQuantizer for factory in factories)
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Quantizers for a whole model.
+
+    `weight`, `input` and `output` go to every linear layer that neither `exclude` nor an entry of `rules` matches.
+
+    Args:
+        rules: named rules, tried in order; the first that matches wins.
+        exclude: layers that stay in full precision; comes before `rules`.
+        head: quantize the output head too; it stays in full precision otherwise, whatever `rules` say.
+    """
+
+    weight: QuantizerFactory = NoQuantizer
+    input: QuantizerFactory = NoQuantizer
+    output: QuantizerFactory = NoQuantizer
+    rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    head: bool = False
+
+    def assign(self, names: Iterable[str]) -> dict[str, Rule]:
+        """Find the rule of every layer of `names`; layers that stay in full precision are left out.
+
+        Raises:
+            InputError: if a rule or an excluded name matches no layer at all.
+        """
+        names = list(names)
+        ordered = [(f"exclude '{pattern}'", Rule(pattern)) for pattern in self.exclude]
+        for key, given in self.rules.items():
+            rule = given if isinstance(given, Rule) else Rule(**given)
+            ordered.append((f"rule '{key}' (match: {rule.match})", rule))
+        for label, rule in ordered:
+            if not any(rule.matches(name) for name in names):
+                last = sorted({re.sub(r"\d+", "*", name) for name in names})
+                raise InputError(f"The scheme's {label} matches no linear layer.{nearest(rule.patterns[0], last)}")
+        everything = Rule("*", self.weight, self.input, self.output)
+        chosen = {name: next((rule for _, rule in ordered if rule.matches(name)), everything) for name in names}
+        return {name: rule for name, rule in chosen.items() if rule.quantizes}

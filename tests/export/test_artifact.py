@@ -1,0 +1,132 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.errors import InputError
+from qat.export.artifact import bits_per_weight
+from qat.export.parity import GridContractError, check_logits
+from tests.conftest import tiny_llama
+from tests.transforms.test_prepare import SCHEMES, prepared, tokens
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return qat.save(qat.convert(prepared(SCHEMES["lsq"])), tmp_path / "artifact")
+
+
+def test_bits_per_weight_are_what_lies_on_disk(artifact):
+    from safetensors.torch import load_file
+
+    model = qat.load(artifact)
+    tensors = {k: t for k, t in load_file(artifact / "model.safetensors").items() if ".weight." in k}
+    stored = 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+    weights = sum(m.weight.shape.numel() for m in model.modules() if isinstance(m, qat.nn.PackedLinear))
+    assert bits_per_weight(model) == stored / weights == 3.5
+    assert bits_per_weight(prepared(SCHEMES["lsq"])) == 3.5
+
+
+def test_loading_needs_neither_hydra_nor_lightning(artifact):
+    code = (
+        f"import sys, qat; qat.load({str(artifact)!r}); "
+        "assert not {'hydra', 'pytorch_lightning', 'omegaconf'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_any_module_loads_into_its_architecture(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    model = qat.convert(qat.prepare(net(), SCHEMES["lsq"])).eval()
+    loaded = qat.load(qat.save(model, tmp_path / "net"), net())
+    x = torch.randn(3, 64)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_saving_replaces_the_folder_whole(artifact):
+    (artifact / "old").write_text("x")
+    qat.save(qat.load(artifact), artifact)
+    assert not (artifact / "old").exists()
+    assert not list(artifact.parent.glob(".*"))
+
+
+def test_an_interrupted_save_leaves_the_old_artifact(artifact, monkeypatch):
+    model = qat.load(artifact)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qat.export.artifact.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        qat.save(model, artifact)
+    qat.load(artifact)
+    assert not list(artifact.parent.glob(".*"))
+
+
+def test_an_unconverted_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"Call qat.convert"):
+        qat.save(tiny_llama(), tmp_path)
+
+
+def damage(artifact, kind):
+    weights, config = artifact / "model.safetensors", artifact / "quant_config.json"
+    if kind == "missing":
+        config.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[-5] ^= 1
+        weights.write_bytes(data)
+    elif kind == "not json":
+        config.write_text("{")
+    elif kind == "newer":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"format_version": 99}))
+    elif kind == "incomplete":
+        settings = json.loads(config.read_text())
+        del settings["layers"]
+        config.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "is not an artifact"),
+        ("truncated", "damaged: its checksum"),
+        ("flipped", "damaged: its checksum"),
+        ("not json", "is damaged"),
+        ("newer", "format_version 99"),
+        ("incomplete", "no layers"),
+    ],
+)
+def test_a_damaged_artifact_is_refused_in_one_line(artifact, kind, message):
+    damage(artifact, kind)
+    with pytest.raises(InputError, match=message):
+        qat.load(artifact)
+
+
+def test_an_artifact_of_another_model_is_refused(artifact):
+    with pytest.raises(InputError, match="does not fit"):
+        qat.load(artifact, tiny_llama(num_hidden_layers=3))
+
+
+def test_the_contract_check_can_fail():
+    logits = torch.randn(1, 3, 5)
+    nudged = logits.clone()
+    nudged[0, 0, 0] += 1e-6
+    assert check_logits(logits, logits.clone(), exact=True) == 0
+    with pytest.raises(GridContractError):
+        check_logits(logits, nudged, exact=True)
+    assert check_logits(logits, nudged, exact=False) < 1e-5
+    with pytest.raises(GridContractError):
+        check_logits(logits, logits + 1, exact=False)
+
+
+def test_generation_works_from_an_artifact(artifact):
+    out = qat.load(artifact).generate(tokens(1), max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 21)

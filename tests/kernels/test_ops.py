@@ -1,0 +1,123 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qat.errors import InputError
+from qat.kernels import ops
+from qat.kernels.linear import fake_quantized_linear
+from qat.numerics import functional
+from qat.numerics.formats import parse_format
+from qat.numerics.granularity import parse_granularity
+from qat.numerics.qtensor import QParams
+
+CASES = [
+    ("int3", "per_group_16"),
+    ("int8", "per_tensor"),
+    ("uint4", "per_channel"),
+    ("int4", "per_block_8x16"),
+    ("codebook8", "per_channel"),
+    ("codebook16", "per_group_16"),
+    ("codebook3", "per_tensor"),
+]
+LARGE = (520, 1040)  # more than one cache-sized piece, and no multiple of it
+
+
+def case(name, spelling, shape):
+    """A grid that clips some of x, with every qparam learned."""
+    format, granularity = parse_format(name), parse_granularity(spelling)
+    x = torch.randn(shape, requires_grad=True)
+    sizes = granularity.param_shape(shape)
+    step = 2.0 / format.range()[1]
+    scale = (step * (0.8 + 0.4 * torch.rand(sizes))).requires_grad_()
+    zero_point = torch.full(sizes, 7.0, requires_grad=True) if name.startswith("uint") else None
+    codebook = torch.randn(*sizes, format.entries).sort().values.requires_grad_() if "book" in name else None
+    return x, QParams(scale, zero_point, codebook), format, granularity
+
+
+@pytest.mark.parametrize("shape", [(24, 48), LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(("name", "spelling"), CASES)
+def test_the_operator_equals_the_definition(name, spelling, shape):
+    x, qparams, format, granularity = case(name, spelling, shape)
+    leaves = [x, *(field for field in qparams if field is not None)]
+    g = torch.randn(shape)
+    fused, expected = (
+        ops.fake_quantize(x, qparams, format, granularity),
+        functional.fake_quantize(x, qparams, format, granularity),
+    )
+    assert torch.equal(fused, expected)
+    for a, b in zip(torch.autograd.grad(fused, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "spelling"), CASES)
+def test_the_linear_layer_equals_its_two_parts(name, spelling, dtype):
+    weight, qparams, format, granularity = case(name, spelling, (24, 48))
+    weight = weight.detach().to(dtype).requires_grad_()
+    x, bias = torch.randn(2, 5, 48, dtype=dtype, requires_grad=True), torch.randn(24, dtype=dtype, requires_grad=True)
+    leaves = [x, weight, bias, *(field for field in qparams if field is not None)]
+    g = torch.randn(2, 5, 24, dtype=dtype)
+    fused = fake_quantized_linear(x, weight, bias, qparams, format, granularity)
+    parts = F.linear(x, functional.fake_quantize(weight, qparams, format, granularity), bias)
+    assert torch.equal(fused, parts)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(torch.autograd.grad(fused, leaves, g), torch.autograd.grad(parts, leaves, g), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def test_a_shared_gradient_is_not_overwritten():
+    """The backward pass works in place, but never on memory that autograd still hands to others."""
+    x, qparams, format, granularity = case("int3", "per_group_16", (24, 48))
+    g = torch.randn(24, 48)
+    before = g.clone()
+    ops.fake_quantize(x, qparams, format, granularity).backward(g)
+    assert torch.equal(g, before)
+
+
+def test_autocast_computes_in_its_dtype():
+    weight, qparams, format, granularity = case("int4", "per_group_16", (24, 48))
+    x = torch.randn(3, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fake_quantized_linear(x, weight, None, qparams, format, granularity)
+        expected = F.linear(x, functional.fake_quantize(weight, qparams, format, granularity))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_operators_are_well_formed():
+    x, qparams, format, granularity = case("uint4", "per_channel", (24, 48))
+    grid = ops.grid_of(QParams(*(f if f is None else f.detach() for f in qparams)), format, 24)
+    view = granularity.view(x.detach())
+    codes = torch.ops.qat.quantize(view, *grid)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.qat.quantize, (view, *grid), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.dequantize_, (codes, torch.empty(24, 48), *grid), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.fake_quantize, (view, *grid), test_utils=checks)
+    backward = (torch.randn(24, 48), view, codes, [True, True, True, False], *grid)
+    torch.library.opcheck(torch.ops.qat.fake_quantize_backward_, backward, test_utils=checks)
+
+
+def test_a_scale_for_another_tensor_is_refused():
+    x, qparams, format, granularity = case("int4", "per_channel", (24, 48))
+    with pytest.raises(InputError, match="24 scales, but the tensor it was given has 12 groups"):
+        ops.fake_quantize(x[:12], qparams, format, granularity)
+
+
+def test_backward_keeps_a_byte_a_weight():
+    """Between the passes autograd holds x, the weight itself, its codes and the qparams: no second weight."""
+    weight, qparams, format, granularity = case("int4", "per_channel", (256, 512))
+    x = torch.randn(4, 512, requires_grad=True)
+    own = {t.data_ptr() for t in (weight, x)}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fake_quantized_linear(x, weight, None, qparams, format, granularity)
+    assert sum(kept) <= 256 * 512 + 8 * 256

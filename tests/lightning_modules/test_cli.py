@@ -1,0 +1,198 @@
+"""The command line as a user meets it: whole runs of a tiny model in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+class Shell:
+    def __init__(self, folder, model, text):
+        self.folder = folder
+        self.options = [
+            "model=hf",
+            f"model.name={model}",
+            "data=text",
+            f"data.path={text}",
+            "data.sequence_length=32",
+            "data.val_windows=8",
+            "scheme=w3",
+            "scheme.weight.granularity=per_group_32",
+            "trainer.accelerator=cpu",
+            "threads=1",
+        ]
+        self.environment = os.environ | {"QAT_CACHE": str(folder / "cache"), "COLUMNS": "200"}
+
+    def start(self, *arguments):
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def run(self, *arguments, code=0, defaults=True, sweep=False):
+        process = self.start(*(["-m"] if sweep else []), *(self.options if defaults else []), *arguments)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+    def fails(self, *arguments, defaults=True):
+        output = self.run(*arguments, code=1, defaults=defaults)
+        assert "Traceback" not in output
+        errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1, output
+        return errors[0]
+
+    def rows(self, name):
+        report = json.loads((self.folder / name / "results.json").read_text())
+        return {row["row"]: row for row in report["rows"]}
+
+
+@pytest.fixture
+def shell(tmp_path, tiny_folder, text_file):
+    return Shell(tmp_path, tiny_folder, text_file)
+
+
+def weights(folder):
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return state["state_dict"]
+
+
+def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
+    import qat
+
+    output = shell.run("trainer.max_steps=60", "optimizer.lr=3e-3", "hydra.run.dir=run")
+    rows = shell.rows("run")
+    assert list(rows) == [
+        "full precision",
+        "rounded to nearest",
+        "after training, fake-quantized",
+        "converted, saved, loaded",
+    ]
+    trained, shipped = rows["after training, fake-quantized"], rows["converted, saved, loaded"]
+    assert shipped["perplexity"] == trained["perplexity"]
+    assert trained["perplexity"] < 0.8 * rows["rounded to nearest"]["perplexity"]
+    assert trained["bits_per_weight"] == 3.5
+    assert all(name in output for name in rows)
+    assert (shell.folder / "run" / "training.png").stat().st_size > 10_000
+    assert qat.load(shell.folder / "run" / "native").config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scheme=w4a8", "quantizer@scheme.weight=kmeans", "scheme.weight.bits=3"],
+        ["scheme=w4a8", "quantizer@scheme.input=minmax_static", "trainer.precision=bf16-mixed"],
+        ["quantizer@scheme.weight=nf4_double", "scheme.weight.bits=4", "trainer.precision=bf16-true"],
+        ["method=ptq", "quantizer@scheme.weight=lsq_plus"],
+        ["method=fp", "trainer.accumulate_grad_batches=2"],
+        ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
+    ],
+    ids=["w4a8 kmeans", "static bf16-mixed", "nf4 bf16-true", "ptq", "fp", "checkpointing"],
+)
+def test_methods_schemes_and_precisions(shell, arguments):
+    shell.run("debug=fast", *arguments)
+
+
+def test_a_sweep_runs_every_value(shell):
+    shell.run("debug=fast", "scheme.weight.bits=2,4", "hydra.sweep.dir=sweep", sweep=True)
+    assert shell.rows("sweep/0")["converted, saved, loaded"]["bits_per_weight"] == 2.5
+    assert shell.rows("sweep/1")["converted, saved, loaded"]["bits_per_weight"] == 4.5
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+LONG = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_steps=7", "data.batch_size=2"]
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["trainer.accumulate_grad_batches=2", "data.path=short.txt"]], ids=["", "epochs"]
+)
+def test_killed_and_resumed_ends_with_the_same_bits(shell, extra, text_file):
+    """kill -9 at whatever step it hits; with `epochs`, several epochs and accumulation in between."""
+    (shell.folder / "short.txt").write_text(text_file.read_text()[:2000])
+    shell.run(*LONG, *extra, "hydra.run.dir=whole")
+    process = shell.start(*shell.options, *LONG, *extra, "hydra.run.dir=killed")
+    wait_for(shell.folder / "killed" / "checkpoints" / "last.ckpt", process)
+    process.kill()
+    process.wait()
+    shell.run("resume=killed", defaults=False)
+    whole, resumed = weights(shell.folder / "whole"), weights(shell.folder / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert shell.rows("whole") == shell.rows("killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_resume(shell, number):
+    steps = ["trainer.max_steps=4000", "callbacks.checkpoint.every_n_steps=5", "hydra.run.dir=stopped"]
+    process = shell.start(*shell.options, *steps)
+    wait_for(shell.folder / "stopped" / "checkpoints" / "last.ckpt", process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "everything is saved" in output
+    assert f"resume={shell.folder / 'stopped'}" in output
+    assert "Traceback" not in output
+    step = torch.load(shell.folder / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    shell.run("resume=stopped", f"trainer.max_steps={step + 3}", defaults=False)
+    assert "converted, saved, loaded" in shell.rows("stopped")
+
+
+def test_mistakes_get_one_line(shell, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for arguments, expected in [
+        (["trainer.max_step=3"], "Did you mean 'max_steps'"),
+        (["scheme=w33"], "Did you mean 'w3'"),
+        (["quantizer@scheme.weight=kmean"], "Did you mean 'kmeans'"),
+        (["shceme=w3"], "Did you mean 'scheme'"),
+        (["scheme.weight.bits=9"], "2 to 8 bits"),
+        (["scheme.weight.bits=three"], "2 to 8 bits, not three"),
+        (["scheme.weight.granularity=per_group_48"], "Sizes that do"),
+        (["scheme.exclude=[nothing]"], "matches no linear layer"),
+        (["data.path=empty.txt"], "is empty"),
+        (["data.path=missing.txt"], "no text at"),
+        (["data.sequence_length=100000"], "less than one window"),
+        (["model.name=no/such-model"], "Cannot load the model"),
+        (["transforms=none", "quantizer@scheme.input=minmax_static"], "static but nothing calibrated it"),
+        (["resume=nowhere"], "not the folder of a run"),
+        (["ckpt_path=nowhere.ckpt"], "no checkpoint at"),
+    ]:
+        assert expected in shell.fails("debug=fast", *arguments), arguments
+
+
+def test_a_missing_required_option_is_named(shell):
+    assert "model.name" in shell.fails("model=hf", defaults=False)
+
+
+def test_a_loss_that_explodes_names_step_and_layer(shell):
+    error = shell.fails("trainer.max_steps=50", "optimizer.lr=1e30", "trainer.gradient_clip_val=null")
+    assert "step" in error
+    assert "layers" in error or "embed" in error
+
+
+def test_a_damaged_checkpoint_is_named(shell):
+    shell.run("debug=fast", "hydra.run.dir=run")
+    checkpoint = shell.folder / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    (shell.folder / "run" / "results.json").unlink()
+    assert "is damaged" in shell.fails("resume=run", defaults=False)
+
+
+def test_help_lists_the_groups(shell):
+    output = shell.run("--help", defaults=False)
+    assert "quantizer" in output
+    assert "scheme" in output

@@ -1,0 +1,30 @@
+import math
+
+import torch
+
+from qat.numerics.formats import CodebookFormat, IntFormat
+from qat.numerics.granularity import PerChannel
+from qat.numerics.metrics import code_entropy, code_use, sqnr, stored_bits
+from qat.numerics.qtensor import QParams, QuantizedTensor
+
+
+def test_sqnr_of_a_tenth_of_the_signal_is_twenty_decibels():
+    x = torch.randn(100)
+    assert abs(sqnr(x, x * 1.1) - 20) < 1e-3
+    assert sqnr(x, x) == math.inf
+
+
+def test_code_use_and_entropy():
+    codes = torch.tensor([[0, 1, 0, 1], [2, 2, 2, 2]], dtype=torch.uint8)
+    qparams = QParams(torch.ones(2, 1), codebook=torch.randn(2, 1, 4))
+    q = QuantizedTensor(codes, qparams, CodebookFormat(4), PerChannel(), torch.float32)
+    assert code_use(q) == (2 / 4 + 1 / 4) / 2
+    assert abs(code_entropy(q) - 1.5) < 1e-6
+
+
+def test_stored_bits_count_scales():
+    codes = torch.zeros(4, 64, dtype=torch.int8)
+    q = QuantizedTensor(
+        codes, QParams(torch.ones(4, 1, dtype=torch.bfloat16)), IntFormat(3), PerChannel(), torch.float32
+    )
+    assert stored_bits(q) == 4 * 64 * 3 + 4 * 16

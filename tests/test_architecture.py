@@ -1,0 +1,67 @@
+"""The floors of docs/architecture.md: imports go downwards only, without cycles and without stars."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    "qat.errors",
+    "qat.atomic",
+    "qat.numerics",
+    "qat.kernels",
+    "qat.quantizers",
+    "qat.nn",
+    "qat.transforms",
+    "qat.export",
+    "qat",
+    "lightning_modules",
+    "train",
+]
+
+
+def floor(module: str) -> int:
+    matching = [f for f in FLOORS if module == f or module.startswith(f + ".")]
+    return FLOORS.index(max(matching, key=len))
+
+
+def imports() -> dict[str, set[str]]:
+    """Every module of the project and the project's modules that it imports."""
+    files = [*ROOT.glob("qat/**/*.py"), *ROOT.glob("lightning_modules/**/*.py"), ROOT / "train.py"]
+    names = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    graph: dict[str, set[str]] = {}
+    for name, file in names.items():
+        found = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{name}: write imports in full"
+                assert all(alias.name != "*" for alias in node.names), f"{name} imports a star"
+                deeper = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {d if d in names else node.module for d in deeper}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = {module for module in found if module in names}
+    return graph
+
+
+def test_imports_go_downwards():
+    upward = [(a, b) for a, targets in imports().items() for b in targets if floor(b) > floor(a)]
+    assert not upward
+
+
+def test_no_import_cycle():
+    graph, done = imports(), set()
+
+    def visit(module, path):
+        assert module not in path, f"cycle: {' -> '.join([*path, module])}"
+        if module not in done:
+            for target in graph[module]:
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_every_file_belongs_to_a_floor():
+    assert len(imports()) > 30
+    assert all(floor(module) >= 0 for module in imports())
