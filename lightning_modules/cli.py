@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
@@ -17,6 +18,7 @@ from qat.errors import InputError, nearest
 from qat.export.parity import GridContractError
 
 _HERE = Path(__file__).parent
+Result = TypeVar("Result")
 
 
 def config_dir() -> Path:
@@ -27,20 +29,31 @@ def config_dir() -> Path:
 
 def main() -> None:
     """Entry point of `python train.py` and `qat-train`."""
-    # Hydra then raises instead of printing and exiting, and `_explain` words the message.
-    traceback_wanted = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     _quiet()
-    signal.signal(signal.SIGTERM, _raise_exit)
+    signal.signal(signal.SIGTERM, _terminate)
+    _reporting(_compose_and_run)
+
+
+def _compose_and_run() -> None:
+    # Hydra then raises what goes wrong while composing, instead of printing it, and `_explain` words the message.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = resumed_arguments(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(_task)()
+
+
+def _reporting(work: Callable[[], Result]) -> Result:
+    """Do `work`; print a mistake as one line and exit. A defect keeps its traceback; QAT_TRACEBACK=1 keeps them all."""
     try:
-        sys.argv[1:] = resumed_arguments(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(_task)()
-    except BaseException as error:
-        message, code = _explain(error)
-        if message is None or traceback_wanted:
+        return work()
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        message = _explain(error)
+        if message is None or os.environ.get("QAT_TRACEBACK"):
             raise
-        print(message, file=sys.stderr)
-        raise SystemExit(code) from None
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def resumed_arguments(arguments: list[str]) -> list[str]:
@@ -61,51 +74,54 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     return [*own, *rest, f"hydra.run.dir='{folder}'", f"ckpt_path='{folder}/checkpoints/last.ckpt'"]
 
 
-def _task(cfg: DictConfig) -> float | None:
+def _task(cfg: DictConfig) -> float:
+    # Reported in here already: an exception that leaves the task makes Hydra print a report of its own.
+    return _reporting(lambda: _run(cfg))
+
+
+def _run(cfg: DictConfig) -> float:
+    """The perplexity of the last row, which is what a sweeper minimises."""
     from lightning_modules.callbacks import Stopped
     from lightning_modules.pipeline import Job
 
+    # Only now: Lightning sets its level as it is imported.
+    for name in ("pytorch_lightning", "lightning_fabric", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     OmegaConf.resolve(cfg)
     try:
         rows = Job(cfg).run()
     except (Stopped, KeyboardInterrupt, SystemExit) as error:
         folder = Path(cfg.paths.output_dir).resolve()
-        print(f"\n{error or 'Interrupted.'}\nResume with: {_program()} resume={folder}", flush=True)
+        said = f"{error}\n" if isinstance(error, Stopped) else ""
+        print(f"\n{said}Resume with: {_program()} resume={folder}", flush=True)
         number = getattr(
             error, "signal_number", signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         )
         raise SystemExit(128 + number) from None
-    return list(rows.values())[-1]["perplexity"]
+    return float(list(rows.values())[-1]["perplexity"])
 
 
 def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return f"python {sys.argv[0]}" if name.endswith(".py") else name
+    return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
-def _raise_exit(number: int, frame: Any) -> None:
-    raise SystemExit("Terminated.")
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
-def _explain(error: BaseException) -> tuple[str | None, int]:
-    """What to print for `error`, None for a defect that deserves its traceback; and the exit code."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        inner, code = _explain(error.__cause__)
-        return inner or f"Error: {error}", code
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
-        return ("" if isinstance(error, SystemExit) and code == 0 else "Stopped."), code
-    if isinstance(error, InputError | GridContractError):
-        return f"Error: {error}", 1
+def _explain(error: BaseException) -> str | None:
+    """What to say of a mistake in the input; None for a defect of this program."""
+    if isinstance(error, InstantiationException):
+        return (error.__cause__ and _explain(error.__cause__)) or str(error)
     if isinstance(error, MissingConfigException):
-        return f"Error: {_missing_config(error)}", 1
+        return _missing_config(error)
     if isinstance(error, ConfigCompositionException):
-        return f"Error: {_composition(error)}", 1
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"Error: {error}", 1
+        return _composition(error)
     if isinstance(error, OSError) and error.filename:
-        return f"Error: {error.strerror}: {error.filename}", 1
-    return None, 1
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, InputError | GridContractError | HydraException | OmegaConfBaseException):
+        return str(error)
+    return None
 
 
 def _missing_config(error: MissingConfigException) -> str:
@@ -133,8 +149,6 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("pytorch_lightning", "lightning.pytorch", "matplotlib", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",

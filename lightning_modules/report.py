@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,11 @@ def plot_training(metrics: Path, picture: Path, title: str) -> bool:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     figure.suptitle(title)
-    left.plot(*zip(*loss, strict=True), color="tab:blue", linewidth=1) if loss else None
+    if loss:
+        steps, values = zip(*loss, strict=True)
+        left.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=0.8)
+        left.plot(steps, _smooth(values), color="tab:blue", linewidth=1.5, label="mean of the last ten steps")
+        left.legend(fontsize=8)
     left.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
     kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
     colours = dict(zip(kinds, plt.colormaps["tab10"].colors, strict=False))
@@ -89,6 +94,11 @@ def plot_training(metrics: Path, picture: Path, title: str) -> bool:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
     return True
+
+
+def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    """Mean of up to `window` values up to each."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def _series(rows: list[dict[str, str]], name: str) -> list[tuple[int, float]]:

@@ -29,12 +29,19 @@ class Shell:
             "trainer.accelerator=cpu",
             "threads=1",
         ]
+        self.preexec = None
         self.environment = os.environ | {"QAT_CACHE": str(folder / "cache"), "COLUMNS": "200"}
 
     def start(self, *arguments):
         command = [sys.executable, str(ROOT / "train.py"), *arguments]
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            preexec_fn=self.preexec,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     def run(self, *arguments, code=0, defaults=True, sweep=False):
@@ -93,9 +100,11 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         ["quantizer@scheme.weight=nf4_double", "scheme.weight.bits=4", "trainer.precision=bf16-true"],
         ["method=ptq", "quantizer@scheme.weight=lsq_plus"],
         ["method=fp", "trainer.accumulate_grad_batches=2"],
+        ["logger=wandb", "logger.offline=true"],
+        ["logger=tensorboard"],
         ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
     ],
-    ids=["w4a8 kmeans", "static bf16-mixed", "nf4 bf16-true", "ptq", "fp", "checkpointing"],
+    ids=["w4a8 kmeans", "static bf16-mixed", "nf4 bf16-true", "ptq", "fp", "wandb", "tensorboard", "checkpointing"],
 )
 def test_methods_schemes_and_precisions(shell, arguments):
     shell.run("debug=fast", *arguments)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from lightning_modules.data import TextDataModule
+from lightning_modules.data import HubDataModule, TextDataModule
 from lightning_modules.data.encode import encode_row
 from lightning_modules.data.rows import read_rows, text_files
 from lightning_modules.data.windows import ResumableSampler, WindowStream
@@ -136,3 +136,28 @@ def test_missing_text_offers_the_nearest(tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(InputError, match="holds no text"):
         module(tmp_path / "void", tmp_path).setup()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_datasets_by_name(tmp_path, streaming, monkeypatch):
+    """A local folder is a dataset of the hub's layout, so `datasets` itself is run, without a network."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    for split, count in (("train", 60), ("validation", 20)):
+        lines = (json.dumps({"text": f"row {i} of {split}, " * 4}) for i in range(count))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    options = {"sequence_length": 32, "batch_size": 2, "cache_dir": str(tmp_path / "cache"), "streaming": streaming}
+    data = HubDataModule(tiny_tokenizer(), str(tmp_path), **options)
+    batches = list(data.train_dataloader())
+    assert all(batch["input_ids"].shape[1] == 32 for batch in batches)
+    resumed = HubDataModule(tiny_tokenizer(), str(tmp_path), **options)
+    resumed.load_state_dict({"epoch": 0, "batches": 3})
+    rest = list(resumed.train_dataloader())
+    assert len(rest) == len(batches) - 3
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rest, batches[3:], strict=True))
+    assert len(list(data.val_dataloader())) > 0
+
+
+def test_an_unknown_dataset_is_refused(tmp_path):
+    data = HubDataModule(tiny_tokenizer(), str(tmp_path / "nothing"), cache_dir=str(tmp_path))
+    with pytest.raises(InputError, match="Cannot load the dataset"):
+        data.setup()

@@ -1,0 +1,1 @@
+"""Benchmarks: one command for each claim, each writing one file under results/."""

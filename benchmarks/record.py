@@ -1,0 +1,60 @@
+"""Result files: what was measured, on what, with which versions and by which command."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat.atomic import replaced_file
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(claim: str, command: str, rows: list[dict[str, Any]], packages: tuple[str, ...] = ()) -> Path:
+    """Write `results/<claim>.json`."""
+    path = RESULTS / f"{claim}.json"
+    content = {
+        "device": device(),
+        "versions": versions("torch", "transformers", "pytorch-lightning", *packages),
+        "commit": commit(),
+        "command": command,
+        "rows": rows,
+    }
+    with replaced_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {path.relative_to(ROOT)}")
+    return path
+
+
+def device() -> str:
+    """The GPU, or the CPU with the number of cores that this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} cores"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; packages that are missing are left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, marked when the working tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,91 @@
+import errno
+import resource
+
+import pytest
+import torch
+
+from lightning_modules.checkpoint import AtomicCheckpointIO
+from qat.atomic import replaced_file, replaced_folder
+from qat.errors import InputError
+from tests.lightning_modules.test_cli import shell  # noqa: F401
+
+
+def half_written_file(path):
+    with replaced_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+
+
+def half_written_folder(path):
+    with replaced_folder(path) as temporary:
+        (temporary / "new").touch()
+        raise RuntimeError
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        half_written_file(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").touch()
+    with pytest.raises(RuntimeError):
+        half_written_folder(path)
+    assert [p.name for p in path.iterdir()] == ["old"]
+    with replaced_folder(path) as temporary:
+        (temporary / "new").touch()
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "the write failed, is the disk full"),
+    ],
+    ids=["full", "unwritable", "torch"],
+)
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last(tmp_path, monkeypatch, failure, message):
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(InputError, match=f"{message}.*is intact"):
+        io.save_checkpoint({"step": torch.tensor(2)}, path)
+    assert io.load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_load_without_executing_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    torch.save({"x": Payload()}, tmp_path / "evil.ckpt")
+    with pytest.raises(InputError, match="is damaged"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "evil.ckpt")
+
+
+def test_a_run_that_may_write_no_more_ends_with_one_line(shell):  # noqa: F811
+    """A real run against a real limit: files may not grow beyond 200 kB, as on a full disk."""
+    steps = ["callbacks.checkpoint.every_n_steps=4", "hydra.run.dir=run"]
+    shell.run("trainer.max_steps=4", *steps)
+    checkpoint = shell.folder / "run" / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    assert len(before) > 200_000
+    shell.preexec = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    error = shell.fails("resume=run", "trainer.max_steps=8", defaults=False)
+    assert "Cannot write the checkpoint" in error
+    assert "is intact" in error
+    assert checkpoint.read_bytes() == before
