@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError
 from qat.quantizers import Quantizer
 
@@ -43,7 +44,7 @@ class CausalLMModule(pl.LightningModule):
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
+        loss = self._loss(batch)
         if not torch.isfinite(loss):
             raise InputError(self._explain(loss, batch))
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -53,9 +54,8 @@ class CausalLMModule(pl.LightningModule):
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
-        loss = self.model(**batch).loss if tokens else torch.zeros(())
-        self._nll += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        self._nll += torch.tensor([float(self._loss(batch)) * tokens, tokens], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         nll, tokens = self.all_gather(self._nll.to(self.device, torch.float32)).reshape(-1, 2).sum(0).tolist()
@@ -101,6 +101,12 @@ class CausalLMModule(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = self.scheduler_factory(optimizer, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        output = self.model(**batch)
+        # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
+        learned = (batch["labels"][:, 1:] != IGNORED).any()
+        return torch.where(learned, output.loss, output.logits.float().sum() * 0)
 
     def _explain(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
         layer = first_non_finite(self.model, batch)

@@ -66,6 +66,8 @@ class LastCheckpoint(Checkpoint):
         """Write the checkpoint now, unless this step's is there already."""
         if self._saved_step != trainer.global_step:
             trainer.save_checkpoint(self.path)
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)  # type: ignore[arg-type]
             self._saved_step = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -71,7 +71,10 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         raise InputError(f"{folder} is not the folder of a run: it has no .hydra/overrides.yaml.")
     own = [str(override) for override in OmegaConf.load(recorded)]
     rest = [argument for argument in arguments if not argument.startswith("resume=")]
-    return [*own, *rest, f"hydra.run.dir='{folder}'", f"ckpt_path='{folder}/checkpoints/last.ckpt'"]
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    # A run that was killed before its first checkpoint starts again.
+    found = [f"ckpt_path='{checkpoint}'"] if checkpoint.is_file() else []
+    return [*own, *rest, f"hydra.run.dir='{folder}'", "resumed=true", *found]
 
 
 def _task(cfg: DictConfig) -> float:
@@ -117,8 +120,8 @@ def _explain(error: BaseException) -> str | None:
         return _missing_config(error)
     if isinstance(error, ConfigCompositionException):
         return _composition(error)
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     if isinstance(error, InputError | GridContractError | HydraException | OmegaConfBaseException):
         return str(error)
     return None

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,20 @@ class CSVLogger(Logger):
 
     Args:
         save_dir: folder of the run.
-        flush_every_n_steps: rows between writes.
+        resume: keep the rows of an earlier part of the same run.
+        flush_every_s: seconds between writes; the file is written whole.
     """
 
-    def __init__(self, save_dir: str, flush_every_n_steps: int = 50) -> None:
+    def __init__(self, save_dir: str, resume: bool = True, flush_every_s: float = 10.0) -> None:
         super().__init__()
         self.path = Path(save_dir) / "metrics.csv"
-        self._every = flush_every_n_steps
+        self._every, self._written = flush_every_s, time.monotonic()
         self._rows: dict[int, dict[str, Any]] = {}
-        if self.path.is_file():
+        if resume and self.path.is_file():
             with self.path.open(newline="") as file:
                 self._rows = {
                     int(row["step"]): {k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)
                 }
-        self._unwritten = 0
 
     @property
     def name(self) -> str:
@@ -58,13 +59,14 @@ class CSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._rows.setdefault(step or 0, {}).update(metrics)
-        self._unwritten += 1
-        if self._unwritten >= self._every:
-            self.save()
 
     @rank_zero_only
     def save(self) -> None:
-        """Write all rows."""
+        """Write all rows, if the last time is long enough ago: Lightning asks after every step."""
+        if time.monotonic() - self._written >= self._every:
+            self._write()
+
+    def _write(self) -> None:
         if not self._rows:
             return
         columns = dict.fromkeys(key for row in self._rows.values() for key in row)
@@ -72,8 +74,11 @@ class CSVLogger(Logger):
             writer = csv.DictWriter(file, ["step", *(c for c in columns if c != "step")], restval="")
             writer.writeheader()
             writer.writerows({**row, "step": step} for step, row in sorted(self._rows.items()))
-        self._unwritten = 0
+        self._written = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self._write()
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self._write()

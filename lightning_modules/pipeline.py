@@ -25,7 +25,7 @@ from qat.nn import PackedLinear, QuantLinear
 from qat.transforms import quant_linears, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
-TRAINED, SHIPPED = "after training, fake-quantized", "converted, saved, loaded"
+TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
 _MIB = 2**20
 
 
@@ -48,8 +48,9 @@ class Job:
             callbacks=list(instantiate(cfg.callbacks).values()),
             logger=_loggers(cfg),
         )
-        self.report = Report(self.folder, f"{self.loaded.name}: {cfg.title}")
-        self.checkpoint = _last_checkpoint(cfg.ckpt_path)
+        self.trainer.precision_plugin.convert_module(self.module)
+        self.checkpoint: str | None = cfg.ckpt_path
+        self.report = Report(self.folder, f"{self.loaded.name}: {cfg.title}", resume=cfg.resumed)
 
     @property
     def model(self) -> nn.Module:
@@ -70,7 +71,7 @@ class Job:
             self._measure(ROUNDED)
         if self.cfg.fit:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
-            self._measure(TRAINED)
+            self._measure(TRAINED if quantized else TUNED)
         if quantized and self.cfg.export:
             self._export()
         self.report.print(self.console)
@@ -82,7 +83,8 @@ class Job:
 
     def _measure(self, row: str, size: int | None = None) -> None:
         """Add a row for the model as it is now: perplexity, bits per (quantized) weight, and `size` in bytes."""
-        if row in self.report:
+        step = self.trainer.global_step
+        if self.report.has(row, step):
             return
         model = self.module.model
         if any(isinstance(layer, QuantLinear | PackedLinear) for layer in model.modules()):
@@ -91,12 +93,13 @@ class Job:
             bits = 8.0 * next(model.parameters()).element_size()
         self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
         perplexity = float(self.trainer.callback_metrics["val/perplexity"])
-        self.report.add(row, perplexity=perplexity, bits_per_weight=bits, mib=None if size is None else size / _MIB)
+        mib = None if size is None else size / _MIB
+        self.report.add(row, step=step, perplexity=perplexity, bits_per_weight=bits, mib=mib)
         self._say(f"{row}: perplexity {perplexity:.2f}")
 
     def _prepare(self) -> None:
         # A checkpoint will bring the quantizers' state, unless the rounding row is still to be measured.
-        fresh = self.checkpoint is None or ROUNDED not in self.report
+        fresh = self.checkpoint is None or not self.report.has(ROUNDED, 0)
         self.model.to(self.trainer.strategy.root_device)
         with Progress(console=self.console, transient=True) as progress:
             task = progress.add_task("fitting quantizers", total=None)
@@ -147,9 +150,4 @@ class Job:
 def _loggers(cfg: DictConfig) -> list[Logger]:
     """The chosen logger, and always the CSV that the picture is drawn from."""
     chosen = instantiate(cfg.logger)
-    return [chosen] if isinstance(chosen, CSVLogger) else [chosen, CSVLogger(cfg.paths.output_dir)]
-
-
-def _last_checkpoint(path: str | None) -> str | None:
-    """The checkpoint to start from; `resume=` names the run's own even if it never came to write one."""
-    return path if path and (Path(path).is_file() or Path(path).name != "last.ckpt") else None
+    return [chosen] if isinstance(chosen, CSVLogger) else [chosen, CSVLogger(cfg.paths.output_dir, cfg.resumed)]

@@ -19,20 +19,22 @@ class Report:
     Args:
         folder: of the run.
         title: of the table.
+        resume: keep the rows of an earlier part of the same run.
     """
 
-    def __init__(self, folder: Path, title: str) -> None:
+    def __init__(self, folder: Path, title: str, resume: bool = True) -> None:
         self.path = folder / "results.json"
         self.title = title
         self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
+        if resume and self.path.is_file():
             self.rows = {row["row"]: row for row in json.loads(self.path.read_text())["rows"]}
 
-    def __contains__(self, row: str) -> bool:
-        return row in self.rows
+    def has(self, row: str, step: int) -> bool:
+        """Whether `row` was measured after `step` optimizer steps."""
+        return row in self.rows and self.rows[row]["step"] == step
 
     def add(self, row: str, **figures: Any) -> None:
-        """Keep one row."""
+        """Keep one row, in the place of an older one of its name."""
         self.rows[row] = {"row": row} | figures
         with replaced_file(self.path) as temporary:
             temporary.write_text(json.dumps({"title": self.title, "rows": list(self.rows.values())}, indent=1) + "\n")

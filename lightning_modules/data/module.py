@@ -72,6 +72,12 @@ class CausalLMDataModule(pl.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         sampler = ResumableSampler(len(self.train_windows), self.seed, True, rank, world_size)  # type: ignore[arg-type]
+        if len(sampler) < self.batch_size:
+            raise InputError(
+                f"The training text fills {len(sampler)} windows of {self.sequence_length} tokens, less than one batch "
+                f"of {self.batch_size}: set data.batch_size to at most {len(sampler)}, or a smaller "
+                "data.sequence_length."
+            )
         if self._resume_at is not None:
             epoch, batches = self._resume_at
             sampler.resume_at = (epoch, batches * self.batch_size)

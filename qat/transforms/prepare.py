@@ -8,6 +8,7 @@ from torch import nn
 
 from qat.errors import InputError
 from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
+from qat.numerics.granularity import PerChannel, PerTensor
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.rules import Rule, Scheme
 
@@ -41,6 +42,9 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
     shared: dict[int, Quantizer | NoQuantizer] = {}
     head = None if scheme.head else _output_head(model)
     assigned = {name: rule for name, rule in scheme.assign(linears).items() if linears[name] is not head}
+    for name, rule in assigned.items():
+        if not rule.packs:
+            raise InputError(f"{name} would get activation quantizers but no weight quantizer: give its rule a weight.")
     for done, (name, rule) in enumerate(assigned.items(), 1):
         linear = linears[name]
         key = id(linear.weight)
@@ -99,9 +103,25 @@ def _weight_quantizer(name: str, linear: nn.Linear, rule: Rule, initialize: bool
 
 def _quant_linear(name: str, linear: nn.Linear, rule: Rule, weight_quantizer: Quantizer | NoQuantizer) -> QuantLinear:
     device = linear.weight.device
-    input_quantizer = _make(rule.input, (linear.in_features,), name, "input").to(device)
-    output_quantizer = _make(rule.output, (linear.out_features,), name, "output").to(device)
+    input_quantizer = _activation(rule.input, linear.in_features, name, "input").to(device)
+    output_quantizer = _activation(rule.output, linear.out_features, name, "output").to(device)
     return QuantLinear(linear, weight_quantizer, input_quantizer, output_quantizer)
+
+
+def _activation(factory: Callable[..., nn.Module], features: int, name: str, role: str) -> nn.Module:
+    quantizer = _make(factory, (features,), name, role)
+    if isinstance(quantizer, Quantizer) and quantizer.rule is None:
+        if quantizer.granularity not in (PerTensor(), PerChannel(-1)):
+            raise InputError(
+                f"{name}, {role}: a static or learned quantizer of activations needs granularity per_tensor or "
+                f"per_channel_-1, not {quantizer.granularity}; or take a dynamic one (minmax_token)."
+            )
+        if quantizer.initialized:
+            raise InputError(
+                f"{name}, {role}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
+                "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
+            )
+    return quantizer
 
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:

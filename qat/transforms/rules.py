@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -38,6 +38,11 @@ class Rule:
         factories = (self.weight, self.input, self.output)
         return any(getattr(factory, "func", factory) is not NoQuantizer for factory in factories)
 
+    @property
+    def packs(self) -> bool:
+        """Whether the weight gets codes."""
+        return getattr(self.weight, "func", self.weight) is not NoQuantizer
+
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
@@ -70,7 +75,7 @@ class Scheme:
         names = list(names)
         ordered = [(f"exclude '{pattern}'", Rule(pattern)) for pattern in self.exclude]
         for key, given in self.rules.items():
-            rule = given if isinstance(given, Rule) else Rule(**given)
+            rule = given if isinstance(given, Rule) else _rule_from(key, given)
             ordered.append((f"rule '{key}' (match: {rule.match})", rule))
         for label, rule in ordered:
             if not any(rule.matches(name) for name in names):
@@ -79,3 +84,13 @@ class Scheme:
         everything = Rule("*", self.weight, self.input, self.output)
         chosen = {name: next((rule for _, rule in ordered if rule.matches(name)), everything) for name in names}
         return {name: rule for name, rule in chosen.items() if rule.quantizes}
+
+
+def _rule_from(key: str, options: Mapping[str, Any]) -> Rule:
+    known = [option.name for option in fields(Rule)]
+    for option in options:
+        if option not in known:
+            raise InputError(f"The scheme's rule '{key}' has no option '{option}'.{nearest(option, known)}")
+    if "match" not in options:
+        raise InputError(f"The scheme's rule '{key}' says not what it matches: set scheme.rules.{key}.match.")
+    return Rule(**options)

@@ -117,6 +117,7 @@ def written(tmp_path, name, data):
         ("latin.txt", "café".encode("latin-1"), "not UTF-8"),
         ("short.txt", b"too short", "less than one window of 32"),
         ("one.txt", b"x" * 40, "one is held back"),
+        ("few.txt", b"x" * 100, "less than one batch of 4: set data.batch_size to at most 2"),
         ("bad.jsonl", b'{"text": "a"}\n{broken\n', "line 2 is not JSON"),
         ("columns.jsonl", b'{"body": "a"}\n', "has the columns body"),
         ("list.jsonl", b"[1]\n", "no JSON object"),
@@ -126,7 +127,7 @@ def written(tmp_path, name, data):
 )
 def test_bad_text_is_refused_in_one_line(tmp_path, name, data, message):
     with pytest.raises(InputError, match=message):
-        module(written(tmp_path, name, data), tmp_path).setup()
+        module(written(tmp_path, name, data), tmp_path).train_dataloader()
 
 
 def test_missing_text_offers_the_nearest(tmp_path):

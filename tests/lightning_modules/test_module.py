@@ -64,13 +64,15 @@ def test_the_csv_goes_on_where_it_stopped(tmp_path):
     first.finalize("failed")
     second = CSVLogger(str(tmp_path))
     second.log_metrics({"a": 3.0}, step=2)
-    second.save()
+    second.finalize("success")
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,a,b", "0,1.0,", "1,,2.0", "2,3.0,"]
 
 
 def test_the_report_keeps_its_rows(tmp_path):
-    Report(tmp_path, "title").add("fp", perplexity=2.0, bits_per_weight=32.0)
-    assert "fp" in Report(tmp_path, "title")
+    Report(tmp_path, "title").add("fp", step=3, perplexity=2.0, bits_per_weight=32.0)
+    assert Report(tmp_path, "title").has("fp", 3)
+    assert not Report(tmp_path, "title").has("fp", 4)
+    assert not Report(tmp_path, "title", resume=False).has("fp", 3)
 
 
 def test_the_picture_needs_something_to_draw(tmp_path):

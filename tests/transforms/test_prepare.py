@@ -6,8 +6,10 @@ from torch import nn
 
 import qat
 from qat.errors import InputError
-from qat.nn import PackedLinear, QuantLinear
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NF4Quantizer, NoQuantizer
+from qat.nn import PackedLinear
+from qat.numerics.formats import IntFormat
+from qat.numerics.qtensor import QParams
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NF4Quantizer, Quantizer
 from qat.transforms import quant_linears, uncalibrated
 from tests.conftest import tiny_llama
 
@@ -78,6 +80,8 @@ def test_only_what_the_rules_say():
     ("scheme", "message"),
     [
         (qat.Scheme(weight=LSQ3, rules={"x": qat.Rule("*.dwn_proj")}), r"rule 'x' .* matches no linear layer. Did you"),
+        (qat.Scheme(weight=LSQ3, rules={"x": {"mach": "*"}}), "no option 'mach'. Did you mean 'match'"),
+        (qat.Scheme(weight=LSQ3, rules={"x": {}}), "set scheme.rules.x.match"),
         (qat.Scheme(weight=LSQ3, exclude=["*.nothing"]), "exclude .* matches no linear layer"),
         (
             qat.Scheme(weight=partial(LSQ3, granularity="per_group_48")),
@@ -139,12 +143,33 @@ def test_calibration_finds_the_extremes_of_all_batches():
     assert torch.allclose(layer[0].input_quantizer.scale * 127, largest, rtol=0.01)
 
 
-def test_activations_without_a_weight_quantizer_cannot_be_packed():
-    model = qat.prepare(nn.Sequential(nn.Linear(64, 8)), qat.Scheme(input=TOKEN8))
-    assert isinstance(model[0], QuantLinear)
-    assert isinstance(model[0].weight_quantizer, NoQuantizer)
-    with pytest.raises(InputError, match="nothing to pack"):
-        qat.convert(model)
+def test_activations_without_a_weight_quantizer_are_refused():
+    with pytest.raises(InputError, match="no weight quantizer: give its rule a weight"):
+        qat.prepare(nn.Sequential(nn.Linear(64, 8)), qat.Scheme(input=TOKEN8))
+
+
+class Unnamed(Quantizer):
+    """Computes its scale from x, and names no rule for it."""
+
+    def __init__(self, shape):
+        super().__init__(shape, IntFormat(8), "per_tensor")
+
+    def qparams(self, x):
+        return QParams(x.abs().max().view(1) / 127)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (partial(LSQQuantizer, granularity="per_channel"), "per_tensor or per_channel_-1, not per_channel"),
+        (partial(KMeansQuantizer, granularity="per_group_32"), "per_tensor or per_channel_-1"),
+        (Unnamed, "names no rule"),
+    ],
+    ids=["lsq", "kmeans", "unnamed"],
+)
+def test_activation_quantizers_that_cannot_be_stored_are_refused(factory, message):
+    with pytest.raises(InputError, match=message):
+        qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=factory))
 
 
 def test_a_packed_layer_is_small():
