@@ -127,9 +127,11 @@ def wait_for(path, process, seconds=120):
 LONG = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_steps=7", "data.batch_size=2"]
 
 
-@pytest.mark.parametrize(
-    "extra", [[], ["trainer.accumulate_grad_batches=2", "data.path=short.txt"]], ids=["", "epochs"]
-)
+SHORT = ["trainer.accumulate_grad_batches=2", "data.path=short.txt"]
+EIGHT_BIT = ["optimizer=adamw8bit", "trainer.precision=bf16-true", "quantizer@scheme.weight=kmeans"]
+
+
+@pytest.mark.parametrize("extra", [[], SHORT, EIGHT_BIT], ids=["plain", "epochs", "8-bit bf16"])
 def test_killed_and_resumed_ends_with_the_same_bits(shell, extra, text_file):
     """kill -9 at whatever step it hits; with `epochs`, several epochs and accumulation in between."""
     (shell.folder / "short.txt").write_text(text_file.read_text()[:2000])
@@ -159,6 +161,17 @@ def test_a_signal_saves_and_says_how_to_resume(shell, number):
     step = torch.load(shell.folder / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     shell.run("resume=stopped", f"trainer.max_steps={step + 3}", defaults=False)
     assert "converted, saved, loaded" in shell.rows("stopped")
+
+
+def test_a_finished_run_goes_on_and_is_measured_again(shell):
+    shell.run("trainer.max_steps=4", "hydra.run.dir=run")
+    before = shell.rows("run")
+    shell.run("resume=run", "trainer.max_steps=8", defaults=False)
+    after = shell.rows("run")
+    assert after["rounded to nearest"] == before["rounded to nearest"]
+    assert after["converted, saved, loaded"]["step"] == 8
+    shell.run("debug=fast", "scheme.weight.bits=2", "hydra.run.dir=run")
+    assert shell.rows("run")["rounded to nearest"]["bits_per_weight"] == 2.5
 
 
 def test_mistakes_get_one_line(shell, tmp_path):

@@ -94,3 +94,13 @@ def test_the_remaining_time_is_that_of_the_run(monkeypatch, capsys):
         now[0] += 2.0
         bar._advance(done, "loss 1.000")
     assert "training 10/40  loss 1.000  60 s left" in capsys.readouterr().out
+
+
+def test_a_batch_with_nothing_to_learn_teaches_nothing():
+    model = tiny_llama()
+    module = CausalLMModule(model, torch.optim.AdamW)
+    ids = torch.randint(0, 96, (1, 8))
+    loss = module._loss({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
