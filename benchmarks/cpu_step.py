@@ -59,7 +59,8 @@ def main() -> None:
         time_and_memory = f"{row['seconds']:.2f} s {row['added_time']:+.0%}  {row['peak_gib']:.2f} GiB"
         print(f"{row['arm']:24} {time_and_memory} {row['added_memory']:+.0%}")
     if options.arms == list(ARMS):
-        record("cpu_step", "python -m benchmarks.cpu_step", rows, ("torchao",))
+        command = f"python -m benchmarks.cpu_step --rounds {options.rounds} --steps {options.steps}"
+        record("cpu_step", command, rows, ("torchao",))
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> list[dict[str, float | str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat.errors import InputError
 
-# Up to here comparing against every boundary beats a binary search on a CPU (4x at 8 entries).
+# Up to here comparing against every boundary beats a binary search on a CPU (8x at 8 entries).
 _MOST_ENTRIES_COMPARED = 32
 
 

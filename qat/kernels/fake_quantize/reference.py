@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams, scale_down, unscale
 
-_PIECE = 2**17
+_PIECE = 2**16
 
 
 def quantize(x: Tensor, params: ViewParams, format: Format) -> Tensor:
