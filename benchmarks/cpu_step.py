@@ -22,6 +22,7 @@ from torch import nn
 
 import qat
 from benchmarks.record import record
+from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.models import load_smollm2
 from qat.numerics.functional import fake_quantize
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
@@ -86,9 +87,9 @@ def summary(found: dict[str, list[dict[str, float]]]) -> list[dict[str, float | 
 
 
 def measure(arm: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step and peak resident memory, in this process."""
+    """Median seconds of a step and peak resident memory, in this process; every arm with train.py's allocator."""
+    keep_freed_memory()
     model = load_smollm2("~/.cache/lightning-qat").model.train()
-    model.config.use_cache = False
     _quantize(model, arm)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     ids = torch.randint(0, 49152, (1, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -97,7 +98,7 @@ def measure(arm: str, steps: int) -> dict[str, float]:
         if step == 2:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading and warming up
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

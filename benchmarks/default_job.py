@@ -1,6 +1,8 @@
 """The main job as a user runs it: perplexities, bits, and how long the whole command takes.
 
 python -m benchmarks.default_job                 runs `python train.py` and writes results/default_job.json
+
+Then the same steps on the same tokens without quantization, `python train.py method=fp`, for a row to compare with.
 """
 
 import json
@@ -9,26 +11,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import ROOT, record
 
+COMPARED = "full precision, trained alike"
+
 
 def main() -> None:
-    """Run the job in a fresh folder and keep its rows."""
+    """Run both jobs in fresh folders and keep their rows."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"hydra.run.dir={folder}",
-            "callbacks.checkpoint.save_at_end=false",
-        ]
-        subprocess.run(command, check=True)
+        rows = run(Path(folder) / "qat")
         seconds = time.perf_counter() - start
-        rows = json.loads((Path(folder) / "results.json").read_text())["rows"]
-        picture = (Path(folder) / "training.png").read_bytes()
+        picture = (Path(folder) / "qat" / "training.png").read_bytes()
+        compared = run(Path(folder) / "fp", "method=fp")[-1] | {"row": COMPARED}
     (ROOT / "docs" / "training.png").write_bytes(picture)
-    record("default_job", "python -m benchmarks.default_job", [*rows, {"row": "whole command", "seconds": seconds}])
+    rows = [rows[0], compared, *rows[1:], {"row": "whole command", "seconds": seconds}]
+    record("default_job", "python -m benchmarks.default_job", rows)
+
+
+def run(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """The rows that one run reports."""
+    command = [sys.executable, str(ROOT / "train.py"), *options, f"hydra.run.dir={folder}"]
+    subprocess.run([*command, "callbacks.checkpoint.save_at_end=false"], check=True)
+    rows: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())["rows"]
+    return rows
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError
-from qat.quantizers import Quantizer
+from qat.quantizers import NoQuantizer, Quantizer
+
+_MEND = "Lower optimizer.lr or module.quantizer_lr, set trainer.gradient_clip_val, or train in 32-true."
 
 
 class CausalLMModule(pl.LightningModule):
@@ -37,8 +39,6 @@ class CausalLMModule(pl.LightningModule):
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
         self.quantizer_lr = quantizer_lr
-        if hasattr(model, "config"):
-            model.config.use_cache = False
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self._nll = torch.zeros(2, dtype=torch.float64)
@@ -86,24 +86,38 @@ class CausalLMModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        """Clip, and stop before a gradient that is no number reaches the weights.
+
+        Raises:
+            InputError: if the norm of the gradients is not finite.
+        """
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scaled or gradient_clip_algorithm == "value" or not gradient_clip_val:
+        if scaled:  # float16: its scaler skips such steps itself
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        # Lightning refuses to clip for a fused optimizer under autocast, although nothing is scaled in bfloat16.
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        if not torch.isfinite(norm):
+            raise InputError(self._explain_gradients(float(norm)))
         self.log("train/gradient_norm", norm)
+        if gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            # Not Lightning's: it refuses to clip for a fused optimizer under autocast, bfloat16 included.
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(parameter_groups(self.model, self.quantizer_lr))
-        if self.scheduler_factory is None:
-            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.scheduler_factory(optimizer, num_training_steps=steps)
+        try:
+            optimizer = self.optimizer_factory(parameter_groups(self.model, self.quantizer_lr))
+            if self.scheduler_factory is None:
+                return optimizer
+            schedule = self.scheduler_factory(optimizer, num_training_steps=steps)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The optimizer or its scheduler refused an option: {error}.") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        output = self.model(**batch)
+        output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()
         return torch.where(learned, output.loss, output.logits.float().sum() * 0)
@@ -112,9 +126,13 @@ class CausalLMModule(pl.LightningModule):
         layer = first_non_finite(self.model, batch)
         return (
             f"The loss became {loss.item()} at step {self.global_step}. First layer with a non-finite output: "
-            f"{layer or 'none, the loss itself overflows'}. Lower optimizer.lr or module.quantizer_lr, set "
-            "trainer.gradient_clip_val, or train in 32-true."
+            f"{layer or 'none, the loss itself overflows'}. {_MEND}"
         )
+
+    def _explain_gradients(self, norm: float) -> str:
+        named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        first = next((name for name, grad in named if not torch.isfinite(grad).all()), "none, their norm overflows")
+        return f"The norm of the gradients became {norm} at step {self.global_step}. First at fault: {first}. {_MEND}"
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:
@@ -144,7 +162,8 @@ def first_non_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
 
         return hook
 
-    handles = [m.register_forward_hook(check(name)) for name, m in model.named_modules() if not any(m.children())]
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) or not any(m.children()))
+    handles = [m.register_forward_hook(check(name)) for name, m in layers if not isinstance(m, Quantizer | NoQuantizer)]
     try:
         model(**batch)
     finally:

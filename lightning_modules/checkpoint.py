@@ -30,6 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise _explain(error, path) from error
         except RuntimeError as error:
             # torch reports a failed write of its archive as a RuntimeError, whatever the system said.
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
             raise _explain(OSError(errno.EIO, "the write failed, is the disk full?"), path) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -63,8 +65,19 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = 0
 
     def save(self, trainer: Trainer) -> None:
-        """Write the checkpoint now, unless this step's is there already."""
+        """Write the checkpoint now, unless this step's is there already.
+
+        Raises:
+            InputError: if a weight is no number any more; the checkpoint before is then kept.
+        """
         if self._saved_step != trainer.global_step:
+            named = trainer.lightning_module.named_parameters()
+            broken = next((name for name, p in named if not torch.isfinite(p).all()), None)
+            if broken is not None:
+                raise InputError(
+                    f"{broken} is no longer finite after step {trainer.global_step}; the checkpoint of step "
+                    f"{self._saved_step} is kept. Lower optimizer.lr or module.quantizer_lr and resume."
+                )
             trainer.save_checkpoint(self.path)
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(self)  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ def config_dir() -> Path:
 def main() -> None:
     """Entry point of `python train.py` and `qat-train`."""
     _quiet()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
     _reporting(_compose_and_run)
 
 
@@ -45,9 +46,6 @@ def _reporting(work: Callable[[], Result]) -> Result:
     """Do `work`; print a mistake as one line and exit. A defect keeps its traceback; QAT_TRACEBACK=1 keeps them all."""
     try:
         return work()
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         message = _explain(error)
         if message is None or os.environ.get("QAT_TRACEBACK"):
@@ -70,11 +68,15 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     if not recorded.is_file():
         raise InputError(f"{folder} is not the folder of a run: it has no .hydra/overrides.yaml.")
     own = [str(override) for override in OmegaConf.load(recorded)]
+    runtime = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime
+    added = [f"--config-dir={s.path}" for s in runtime.config_sources if s.provider == "command-line"]
+    if Path(runtime.cwd).is_dir():
+        os.chdir(runtime.cwd)  # its relative paths mean the same as then
     rest = [argument for argument in arguments if not argument.startswith("resume=")]
     checkpoint = folder / "checkpoints" / "last.ckpt"
     # A run that was killed before its first checkpoint starts again.
     found = [f"ckpt_path='{checkpoint}'"] if checkpoint.is_file() else []
-    return [*own, *rest, f"hydra.run.dir='{folder}'", "resumed=true", *found]
+    return [*added, *own, *rest, f"hydra.run.dir='{folder}'", "resumed=true", *found]
 
 
 def _task(cfg: DictConfig) -> float:
@@ -84,6 +86,14 @@ def _task(cfg: DictConfig) -> float:
 
 def _run(cfg: DictConfig) -> float:
     """The perplexity of the last row, which is what a sweeper minimises."""
+    try:
+        return _job(cfg)
+    except SystemExit:
+        print(f"\nResume with: {_program()} resume={Path(cfg.paths.output_dir).resolve()}", flush=True)
+        raise
+
+
+def _job(cfg: DictConfig) -> float:
     from lightning_modules.callbacks import Stopped
     from lightning_modules.pipeline import Job
 
@@ -93,14 +103,9 @@ def _run(cfg: DictConfig) -> float:
     OmegaConf.resolve(cfg)
     try:
         rows = Job(cfg).run()
-    except (Stopped, KeyboardInterrupt, SystemExit) as error:
-        folder = Path(cfg.paths.output_dir).resolve()
-        said = f"{error}\n" if isinstance(error, Stopped) else ""
-        print(f"\n{said}Resume with: {_program()} resume={folder}", flush=True)
-        number = getattr(
-            error, "signal_number", signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        )
-        raise SystemExit(128 + number) from None
+    except Stopped as stopped:
+        print(f"\n{stopped}", flush=True)
+        raise SystemExit(128 + stopped.signal_number) from None
     return float(list(rows.values())[-1]["perplexity"])
 
 
@@ -109,6 +114,7 @@ def _program() -> str:
 
 
 def _terminate(number: int, frame: Any) -> None:
+    # Not KeyboardInterrupt, which Lightning turns into an exit code of its own.
     raise SystemExit(128 + number)
 
 

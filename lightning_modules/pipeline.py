@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.models import LoadedModel
@@ -48,6 +49,10 @@ class Job:
             callbacks=list(instantiate(cfg.callbacks).values()),
             logger=_loggers(cfg),
         )
+        if self.trainer.world_size > 1:
+            raise InputError(f"A run uses one device, not {self.trainer.world_size}: set trainer.devices=1.")
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         self.trainer.precision_plugin.convert_module(self.module)
         self.checkpoint: str | None = cfg.ckpt_path
         self.report = Report(self.folder, f"{self.loaded.name}: {cfg.title}", resume=cfg.resumed)
@@ -128,7 +133,7 @@ class Job:
         convert(self.model)
         for name, write in instantiate(self.cfg.export).items():
             folder = write(self.model, self.folder / name, tokenizer=self.loaded.tokenizer)
-            self.module.model = load(folder)
+            self.module.model = load(folder, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
             check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
             size = sum(file.stat().st_size for file in folder.iterdir())
             self._measure(SHIPPED, size)
@@ -139,7 +144,7 @@ class Job:
         device = self.trainer.strategy.root_device
         model.to(device).eval()
         with self.trainer.precision_plugin.forward_context():
-            return model(input_ids=batch["input_ids"].to(device)).logits
+            return model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
 
     def _draw(self) -> None:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"

@@ -1,7 +1,9 @@
 """Files and folders that appear complete or not at all."""
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +14,13 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _recover(path)
+    temporary = _beside(path, "tmp")
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -26,19 +29,66 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 def replaced_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed.
 
-    A folder that stood there is moved aside first and removed last, so that at every moment one of the two is whole.
+    A folder that stood there is moved aside first and removed last. Should the process die in between, the next call
+    puts it back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    previous = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _recover(path)
+    temporary, previous = _beside(path, "tmp"), _beside(path, "old")
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
         if path.exists():
             os.replace(path, previous)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if previous.exists():
+                os.replace(previous, path)
+            raise
+        _sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A hidden name next to `path` that tells which process it belongs to."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{suffix}")
+
+
+def _recover(path: Path) -> None:
+    """Clear away what processes of this machine that were killed left beside `path`."""
+    for left in path.parent.glob(glob.escape(f".{path.name}.{socket.gethostname()}.") + "*"):
+        process, suffix = left.name.rsplit(".", 2)[1:]
+        if suffix not in ("tmp", "old") or not process.isdigit() or _alive(int(process)):
+            continue
+        if suffix == "old" and not path.exists():
+            os.replace(left, path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether another process has this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def _sync(path: Path) -> None:
+    """Have the system write `path` out before anything that follows."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and one must not wait for it
 
 import pytest
 import torch

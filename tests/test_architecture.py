@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "qat.errors",
     "qat.atomic",
+    "qat.scratch",
     "qat.numerics",
     "qat.kernels",
     "qat.quantizers",

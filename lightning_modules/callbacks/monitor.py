@@ -1,19 +1,26 @@
-"""How well each quantizer represents its weights while they train."""
+"""How well each quantizer represents its weights and activations while they train."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from qat.nn import QuantLinear
-from qat.numerics.metrics import code_use, sqnr
+from qat.numerics.metrics import clipped_share, code_use, sqnr
+from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
 from qat.transforms import quant_linears
 
+Figures = dict[str, float]
+
 
 class QuantizerMonitor(Callback):
-    """Logs for every quantized layer: SQNR in dB, share of clipped weights, share of codes in use.
+    """Logs for every quantizer: SQNR in dB, share of clipped values, and of weights the share of codes in use.
+
+    Weights are measured after a step, activations on the batch of the step that follows.
 
     Args:
         every_n_steps: optimizer steps between measurements; the first and the last step are always measured.
@@ -22,51 +29,91 @@ class QuantizerMonitor(Callback):
 
     def __init__(self, every_n_steps: int = 20, per_layer: bool = True) -> None:
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
-        self._last_step = -1
+        self._measured: dict[str, int] = {}
+        self._hooks: list[RemovableHandle] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._due("activations", trainer.global_step):
+            return
+        found: dict[str, Figures] = {}
+        for name, quantizer in _activation_quantizers(pl_module):
+            self._hooks.append(quantizer.register_forward_hook(partial(_measure_activation, found, name)))
+        self._found, self._found_at = found, trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps
-        if trainer.global_step % self.every_n_steps == 0 or last:
-            self._log(trainer, pl_module)
+        if self._hooks:
+            self._remove_hooks()
+            self._log(trainer, "activations", self._found, self._found_at)
+        if self._due("weights", trainer.global_step):
+            self._log_weights(trainer, pl_module)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self._last_step:
-            return
-        self._last_step = trainer.global_step
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_weights(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._measured["weights"] != trainer.global_step:
+            self._log_weights(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def _due(self, what: str, step: int) -> bool:
+        """Whether `step` is one to measure at, and was not measured yet (with accumulation it comes back)."""
+        return step % self.every_n_steps == 0 and self._measured.get(what) != step
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _log_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {
-            name.removeprefix("model."): measure(layer)
+            name.removeprefix("model."): measure_weight(layer.weight_quantizer, layer.weight)
             for name, layer in quant_linears(pl_module)
             if isinstance(layer.weight_quantizer, Quantizer)
         }
-        if not measured:
-            return
+        self._log(trainer, "weights", measured, trainer.global_step)
+
+    def _log(self, trainer: Trainer, what: str, measured: dict[str, Figures], step: int) -> None:
+        self._measured[what] = step
+        group = "quantizers" if what == "weights" else what
         metrics: dict[str, float] = {}
         for quantity in ("sqnr", "clipped", "code_use"):
-            values = [m[quantity] for m in measured.values() if math.isfinite(m[quantity])]
-            if values:
-                metrics[f"quantizers/{quantity}"] = sum(values) / len(values)
+            own = {name: figures[quantity] for name, figures in measured.items() if quantity in figures}
+            finite = [value for value in own.values() if math.isfinite(value)]
+            if finite:
+                metrics[f"{group}/{quantity}"] = sum(finite) / len(finite)
+            if finite and quantity == "sqnr":
+                metrics[f"{group}/least_sqnr"] = min(finite)
             if self.per_layer:
-                metrics |= {f"{quantity}/{name}": m[quantity] for name, m in measured.items()}
-        finite = [m["sqnr"] for m in measured.values() if math.isfinite(m["sqnr"])]
-        if finite:
-            metrics["quantizers/least_sqnr"] = min(finite)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+                metrics |= {f"{quantity}/{name}": value for name, value in own.items()}
+        if metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
 
 
 @torch.no_grad()
-def measure(layer: QuantLinear) -> dict[str, float]:
-    """SQNR (dB), share of weights beyond the grid, and share of codes in use, of one layer's weight."""
-    quantizer, weight = layer.weight_quantizer, layer.weight
-    assert isinstance(quantizer, Quantizer)
+def measure_weight(quantizer: Quantizer, weight: Tensor) -> Figures:
+    """SQNR (dB), share of weights beyond the grid, and share of codes in use."""
     q = quantizer.quantize(weight)
-    beyond = torch.zeros(())
-    if q.format.saturates:
-        half_step_out = quantizer.granularity.view((q.dequantize().float() - weight.float()).abs())
-        beyond = (half_step_out > 0.5 * q.qparams.for_view().scale * (1 + 1e-5)).float().mean()
-    return {"sqnr": sqnr(weight, q.dequantize()), "clipped": beyond.item(), "code_use": code_use(q)}
+    return {"sqnr": sqnr(weight, q.dequantize()), "clipped": clipped_share(weight, q), "code_use": code_use(q)}
+
+
+@torch.no_grad()
+def _measure_activation(
+    found: dict[str, Figures], name: str, quantizer: Quantizer, args: tuple[Tensor], output: Tensor
+) -> None:
+    (x,) = args
+    q: QuantizedTensor = quantizer.quantize(x)
+    found[name] = {"sqnr": sqnr(x, output), "clipped": clipped_share(x, q)}
+
+
+def _activation_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
+    return [
+        (f"{name.removeprefix('model.')}.{role}", quantizer)
+        for name, layer in quant_linears(module)
+        for role, quantizer in (("input", layer.input_quantizer), ("output", layer.output_quantizer))
+        if isinstance(quantizer, Quantizer)
+    ]

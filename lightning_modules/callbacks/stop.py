@@ -39,20 +39,27 @@ class GracefulStop(Callback):
         # Between two batches of one optimizer step the gradients are not in any checkpoint: wait for the step.
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if self._received is None or not stepped:
-            return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, LastCheckpoint):
-                callback.save(trainer)
-        raise Stopped(self._received, trainer.global_step)
+        if stepped:
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if self._received is None:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.save(trainer)
+        raise Stopped(self._received, trainer.global_step)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         self._received = number
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once.", flush=True)

@@ -47,6 +47,9 @@ class CausalLMDataModule(pl.LightningDataModule):
         super().__init__()
         if sequence_length < 2:
             raise InputError(f"data.sequence_length is {sequence_length}; a window needs at least 2 tokens.")
+        for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if size < 1:
+                raise InputError(f"data.{name} is {size}; a batch needs at least 1 window.")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.batch_size, self.val_batch_size, self.val_windows = batch_size, val_batch_size, val_windows
@@ -69,9 +72,7 @@ class CausalLMDataModule(pl.LightningDataModule):
         if isinstance(self.train_windows, WindowStream):
             self.train_windows.skip = self._resume_at[1] * self.batch_size if self._resume_at else 0
             return self._loader(self.train_windows, self.batch_size)
-        world_size = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        sampler = ResumableSampler(len(self.train_windows), self.seed, True, rank, world_size)  # type: ignore[arg-type]
+        sampler = ResumableSampler(len(self.train_windows), self.seed, *self._share())  # type: ignore[arg-type]
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"The training text fills {len(sampler)} windows of {self.sequence_length} tokens, less than one batch "
@@ -97,6 +98,10 @@ class CausalLMDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resume_at = (state["epoch"], state["batches"])
+
+    def _share(self) -> tuple[int, int]:
+        """Rank and number of the processes that share the training windows."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _tokens(self, rows: Iterable[Row], identity: Any) -> Any:
         return cached_tokens(rows, self.tokenizer, identity, self.cache_dir)
@@ -169,20 +174,25 @@ class HubDataModule(CausalLMDataModule):
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, **options)
+        if streaming and self.num_workers:
+            raise InputError(f"data.num_workers is {self.num_workers}; a stream has one reader: set it to 0.")
         self.name, self.subset, self.split, self.val_split = name, subset, split, val_split
         self.streaming, self.val_rows = streaming, val_rows
 
     def make_windows(self) -> tuple[Dataset[Batch], Dataset[Batch]]:
         if not self.streaming:
             return self._read(self.split), self._read(self.val_split)
-        train = WindowStream(partial(self._rows, self.split), self.tokenizer, self.sequence_length)
+        train = WindowStream(partial(self._rows, self.split), self.tokenizer, self.sequence_length, *self._share())
         return train, self._read(self.val_split, self.val_rows)
 
     def _rows(self, split: str) -> Iterable[Row]:
         return hub_rows(self.name, split, self.subset, self.streaming)
 
     def _read(self, split: str, rows: int | None = None) -> Windows:
-        tokens = self._tokens(islice(self._rows(split), rows), [self.name, self.subset, split, rows])
+        data = self._rows(split)
+        # A dataset that is edited has another fingerprint; a stream has none.
+        version = getattr(data, "_fingerprint", None)
+        tokens = self._tokens(islice(data, rows), [self.name, self.subset, split, rows, version])
         return Windows(tokens, self.sequence_length, f"split {split} of {self.name}")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qat.errors import InputError
 
 IGNORED = -100  # the label that cross entropy skips
 _NOT_LEARNED = np.uint32(1 << 31)
+_ENCODING = 2  # raised when rows are turned into tokens in another way, so that cached tokens are not reused
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -47,23 +49,36 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class WindowStream(IterableDataset[dict[str, Tensor]]):
-    """Windows of a stream that has no known length; resuming reads on from the same window."""
+    """Windows of a stream that has no known length; resuming reads on from the same window.
 
-    def __init__(self, rows: Callable[[], Iterable[Row]], tokenizer: Any, length: int) -> None:
+    Args:
+        rows: called once an epoch.
+        tokenizer: of transformers.
+        length: tokens of a window.
+        rank, world_size: this process sees every `world_size`-th window, from `rank` on, and all see equally many.
+    """
+
+    def __init__(
+        self, rows: Callable[[], Iterable[Row]], tokenizer: Any, length: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.rows, self.tokenizer, self.length = rows, tokenizer, length
+        self.rank, self.world_size = rank, world_size
         self.skip = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        skip, self.skip = self.skip, 0
+        windows = self._windows()
+        rounds = zip(*[windows] * self.world_size, strict=False)
+        for together in islice(rounds, skip, None):
+            yield as_example(together[self.rank])
+
+    def _windows(self) -> Iterator[np.ndarray]:
         rest = np.empty(0, dtype=np.uint32)
-        position = 0
         for row in self.rows():
             rest = np.concatenate([rest, encode_tokens(row, self.tokenizer)])
             while len(rest) >= self.length:
                 window, rest = rest[: self.length], rest[self.length :]
-                position += 1
-                if position > self.skip:
-                    yield as_example(window)
-        self.skip = 0
+                yield window
 
 
 class ResumableSampler(Sampler[int]):
@@ -72,12 +87,11 @@ class ResumableSampler(Sampler[int]):
     Args:
         size: number of windows.
         seed: of the order.
-        shuffle: False keeps the order of the text.
         rank, world_size: this process sees every `world_size`-th window, from `rank` on.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
+    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.size, self.seed = size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self.resume_at: tuple[int, int] | None = None
@@ -90,7 +104,7 @@ class ResumableSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
+        order = torch.randperm(self.size, generator=generator)
         own = order[: len(self) * self.world_size][self.rank :: self.world_size]
         first = 0
         if self.resume_at is not None and self.resume_at[0] == self.epoch:
@@ -119,8 +133,7 @@ def cached_tokens(rows: Iterable[Row], tokenizer: Any, identity: Any, cache_dir:
     Args:
         identity: JSON-able; what the rows depend on (files, their sizes and times). The tokenizer is added.
     """
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) + str(tokenizer.chat_template)
-    key = hashlib.sha256((json.dumps(identity) + vocabulary).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([_ENCODING, identity, _identity_of(tokenizer)]).encode()).hexdigest()[:16]
     path = Path(cache_dir).expanduser() / "tokens" / f"{key}.npy"
     if not path.is_file():
         parts = [encode_tokens(row, tokenizer) for row in rows]
@@ -128,3 +141,10 @@ def cached_tokens(rows: Iterable[Row], tokenizer: Any, identity: Any, cache_dir:
         with replaced_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, tokens)
     return np.load(path, mmap_mode="r")
+
+
+def _identity_of(tokenizer: Any) -> list[str]:
+    """Everything about `tokenizer` that tokens depend on."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.dumps(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str()
+    return [type(tokenizer).__name__, rules, str(tokenizer.eos_token_id), str(tokenizer.chat_template)]

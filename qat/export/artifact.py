@@ -41,7 +41,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         The folder.
 
     Raises:
-        InputError: if the model holds no PackedLinear.
+        InputError: if the model holds no PackedLinear, or the weights cannot be written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
@@ -52,11 +52,15 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(temporary)
-        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise InputError(f"Cannot write {folder}: {error}. Free space, or choose another folder.") from error
         config = {
             "format_version": FORMAT_VERSION,
             "bits_per_weight": bits_per_weight(model),
             "sha256": _sha256(temporary / _WEIGHTS),
+            "attention": getattr(parts[0], "_attn_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
         }
@@ -64,13 +68,14 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     return Path(folder)
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: bool = False) -> nn.Module:
     """Read an artifact back.
 
     Args:
         folder: what `save` wrote.
         model: the unquantized architecture to fill, its weights being ignored. Default: built from `config.json` by
             transformers.
+        trust_remote_code: run model code that `config.json` names.
 
     Returns:
         The model in evaluation mode, its quantized layers being PackedLinear.
@@ -86,9 +91,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
-    model = _empty_model(folder) if model is None else model
+    model = _empty_model(folder, config.get("attention"), trust_remote_code) if model is None else model
     for name, description in config["layers"].items():
-        replace(model, name, _allocate(description))
+        replace(model, name, _allocate(name, description))
     _fill(model, tensors, config["tied"])
     return model.eval()
 
@@ -119,14 +124,17 @@ def _describe(layer: PackedLinear) -> dict[str, Any]:
     return description
 
 
-def _allocate(description: Mapping[str, Any]) -> PackedLinear:
-    bias = description["bias"]
-    roles = (description["input_quantizer"], description["output_quantizer"])
-    return PackedLinear(
-        PackedTensor(description["weight"]),
-        None if bias is None else torch.empty(bias["shape"]),
-        *(None if role is None else StoredActivation(role) for role in roles),
-    )
+def _allocate(name: str, description: Mapping[str, Any]) -> PackedLinear:
+    try:
+        bias = description["bias"]
+        roles = (description["input_quantizer"], description["output_quantizer"])
+        return PackedLinear(
+            PackedTensor(description["weight"]),
+            None if bias is None else torch.empty(bias["shape"]),
+            *(None if role is None else StoredActivation(role) for role in roles),
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{_CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -182,19 +190,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _empty_model(folder: Path) -> nn.Module:
+def _empty_model(folder: Path, attention: str | None, trust_remote_code: bool) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
         ) from error
     # Buffers that are computed, not stored (rotary frequencies), must be real.
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -8,10 +8,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qat.kernels import ops
-from qat.kernels.scratch import scratch
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams
+from qat.scratch import scratch
 
 
 def fake_quantized_linear(
@@ -45,31 +45,34 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, granularity: Granularity, *grid: Any
     ) -> Tensor:
-        codes = torch.ops.qat.quantize(granularity.view(weight), *grid)
+        codes = ops.quantize_view(granularity.view(weight), *grid)
         *params, ctx.format = grid
         ctx.granularity = granularity
         ctx.save_for_backward(x, weight, codes, *params)
-        return F.linear(x, _rebuild(ctx, codes, weight, x.dtype, *params), bias)
+        w_hat = _room_for(codes, x.dtype)
+        ops.dequantize_view_(codes, w_hat, *grid)
+        return F.linear(x, granularity.unview(w_hat, weight.shape), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, codes, *params = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need_params, _ = ctx.needs_input_grad
-        dx = dy @ _rebuild(ctx, codes, weight, dy.dtype, *params) if need_x else None
         dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+        w_hat = _room_for(codes, dy.dtype) if need_x else None
         found: tuple[Tensor | None, ...] = (None,) * 4
         if need_weight or any(need_params):
             view = ctx.granularity.view
             dw_hat = dy.flatten(0, -2).T @ x.flatten(0, -2)
             needs = (need_weight, *need_params)
-            found = ops.gradients_(view(dw_hat), view(weight), codes, needs, *params, ctx.format)
+            found = ops.gradients_(view(dw_hat), view(weight), codes, w_hat, needs, *params, ctx.format)
+        elif w_hat is not None:
+            ops.dequantize_view_(codes, w_hat, *params, ctx.format)
+        dx = None if w_hat is None else dy @ ctx.granularity.unview(w_hat, weight.shape)
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
         return dx, dweight, dbias, None, *found[1:], None
 
 
-def _rebuild(ctx: Any, codes: Tensor, weight: Tensor, dtype: torch.dtype, *params: Tensor | None) -> Tensor:
-    """W_hat from its codes; valid until the next call, because it lives in memory that all layers share."""
-    values = scratch(codes.shape, dtype, codes.device)
-    torch.ops.qat.dequantize_(codes, values, *params, ctx.format)
-    return ctx.granularity.unview(values, weight.shape)
+def _room_for(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for W_hat, good until the next call: all layers share it."""
+    return scratch("weight", codes.shape, dtype, codes.device)

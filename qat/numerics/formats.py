@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
+from qat.scratch import scratch
 
 # Up to here comparing against every boundary beats a binary search on a CPU (8x at 8 entries).
 _MOST_ENTRIES_COMPARED = 32
@@ -53,13 +54,17 @@ class Format(ABC):
         """Limit scaled values to the grid, differentiably, where the format saturates."""
         return v.clamp(*self.range()) if self.saturates else v
 
-    @abstractmethod
     def encode(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
         """Scaled values `[groups, elements]` to the codes of the nearest grid values."""
+        return self.encode_(v.clone(), codebook).to(self.code_dtype)
 
     @abstractmethod
-    def decode(self, codes: Tensor, codebook: Tensor | None = None) -> Tensor:
-        """Codes `[groups, elements]` to grid values in float32; differentiable to the codebook."""
+    def encode_(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
+        """As `encode`, for kernels: codes as floats, and `v` may be overwritten by them."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Codes `[groups, elements]` to grid values in float32, in `out` if given; differentiable to the codebook."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,11 @@ class IntFormat(Format):
         low, high = self.code_range
         return float(low), float(high)
 
-    def encode(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
-        return v.round().clamp_(*self.code_range).to(self.code_dtype)
+    def encode_(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
+        return v.round_().clamp_(*self.code_range)
 
-    def decode(self, codes: Tensor, codebook: Tensor | None = None) -> Tensor:
-        return codes.to(torch.float32)
+    def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return codes.to(torch.float32) if out is None else out.copy_(codes)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class CodebookFormat(Format):
     entries: int
 
     def __post_init__(self) -> None:
-        if not 2 <= self.entries <= 256:
+        if self.entries not in range(2, 257):
             raise InputError(f"Codebooks have 2 to 256 entries, not {self.entries}: set bits to one of 1 ... 8.")
 
     @property
@@ -135,27 +140,38 @@ class CodebookFormat(Format):
         # Codebooks are kept relative to the absolute maximum of what shares a scale.
         return -1.0, 1.0
 
-    def encode(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
+    def encode_(self, v: Tensor, codebook: Tensor | None = None) -> Tensor:
         table = self._check(codebook)
         boundaries = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
         flat = v.reshape(table.shape[0], -1)
         if self.entries > _MOST_ENTRIES_COMPARED:
-            return torch.searchsorted(boundaries, flat.contiguous(), out_int32=True).to(torch.uint8).view(v.shape)
+            return v.copy_(torch.searchsorted(boundaries, flat.contiguous(), out_int32=True).view(v.shape))
         # The code is the number of boundaries below v, counted in floats: twice as fast as in bytes on a CPU.
-        count, above = torch.zeros_like(flat), torch.empty_like(flat)
-        for boundary in boundaries.split(1, dim=1):
+        first, *others = boundaries.split(1, dim=1)
+        count, above = (scratch(name, flat.shape, torch.float32, v.device) for name in ("count", "above"))
+        torch.gt(flat, first, out=count)
+        for boundary in others:
             count += torch.gt(flat, boundary, out=above)
-        return count.to(torch.uint8).view(v.shape)
+        return v.copy_(count.view(v.shape))
 
-    def decode(self, codes: Tensor, codebook: Tensor | None = None) -> Tensor:
+    def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         table = self._check(codebook)
-        return table.gather(1, codes.reshape(table.shape[0], -1).long()).view(codes.shape)
+        flat = codes.reshape(table.shape[0], -1)
+        if out is None:
+            return table.gather(1, flat.long()).view(codes.shape)
+        torch.gather(table, 1, as_index(flat), out=out.view(flat.shape))
+        return out
 
     def _check(self, codebook: Tensor | None) -> Tensor:
         if codebook is None or codebook.ndim != 2 or codebook.shape[1] != self.entries:
             found = "none" if codebook is None else list(codebook.shape)
             raise InputError(f"{self.name} needs a codebook [rows, {self.entries}], got {found}.")
         return codebook
+
+
+def as_index(codes: Tensor) -> Tensor:
+    """`codes` as torch indexes with them; valid until the next call."""
+    return scratch("index", codes.shape, torch.int64, codes.device).copy_(codes)
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics.packing import packed_bytes
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.qtensor import QuantizedTensor, scale_down
 
 
 @torch.no_grad()
@@ -32,12 +32,13 @@ def code_use(q: QuantizedTensor) -> float:
 
 
 @torch.no_grad()
-def code_entropy(q: QuantizedTensor) -> float:
-    """Entropy of the codes in bits a weight: what an ideal entropy coder would need."""
-    low, high = q.format.code_range
-    counts = torch.bincount(q.codes.reshape(-1).long() - low, minlength=high - low + 1).double()
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * share.log2()).sum())
+def clipped_share(x: Tensor, q: QuantizedTensor) -> float:
+    """Share of `x` that lies more than half a step beyond the grid of `q`; a codebook clips nothing."""
+    if not q.format.saturates:
+        return 0.0
+    v = scale_down(q.granularity.view(x), q.qparams.for_view())
+    low, high = q.format.range()
+    return ((v < low - 0.5) | (v > high + 0.5)).float().mean().item()
 
 
 def stored_bits(q: QuantizedTensor) -> int:

@@ -77,18 +77,18 @@ class QuantizedTensor:
         return self.granularity.unview(unscale(values, params), self.shape).to(self.dtype)
 
 
-def scale_down(view: Tensor, params: ViewParams) -> Tensor:
-    """v = (x - offset) / scale + zero_point in float32, for `view` `[groups, elements]`."""
+def scale_down(view: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:
+    """v = (x - offset) / scale + zero_point in float32, for `view` `[groups, elements]`; in `out` if given."""
     x = view.to(torch.float32)
     if params.offset is not None:
         x = x - params.offset
-    v = x / params.scale
-    return v if params.zero_point is None else v + params.zero_point
+    v = torch.div(x, params.scale, out=out)
+    return v if params.zero_point is None else torch.add(v, params.zero_point, out=out)
 
 
-def unscale(v_hat: Tensor, params: ViewParams) -> Tensor:
-    """x_hat = (v_hat - zero_point) * scale + offset, the inverse of `scale_down`."""
+def unscale(v_hat: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:
+    """x_hat = (v_hat - zero_point) * scale + offset, the inverse of `scale_down`; in `out` if given."""
     if params.zero_point is not None:
-        v_hat = v_hat - params.zero_point
-    x_hat = v_hat * params.scale
-    return x_hat if params.offset is None else x_hat + params.offset
+        v_hat = torch.sub(v_hat, params.zero_point, out=out)
+    x_hat = torch.mul(v_hat, params.scale, out=out)
+    return x_hat if params.offset is None else torch.add(x_hat, params.offset, out=out)

@@ -28,6 +28,7 @@ class KMeansQuantizer(Quantizer):
     Args:
         shape: shape of the tensor, see `Quantizer`.
         bits: 1 to 8; the codebook has 2^bits entries.
+        entries: of the codebook, where it shall have another number of them, 2 to 256; `bits` is then not used.
         granularity: who shares a scale.
         codebook: who shares a codebook; the same as `granularity`, or coarser. Default: the same.
         init: `kmeans` or `nf4` (4 bits).
@@ -38,6 +39,7 @@ class KMeansQuantizer(Quantizer):
         self,
         shape: Sequence[int],
         bits: int = 4,
+        entries: int | None = None,
         granularity: str | Granularity = "per_channel",
         codebook: str | Granularity | None = None,
         init: str = "kmeans",
@@ -46,11 +48,12 @@ class KMeansQuantizer(Quantizer):
     ) -> None:
         if bits not in range(1, 9):
             raise InputError(f"A k-means codebook has 1 to 8 bits, not {bits}.")
-        super().__init__(shape, CodebookFormat(2**bits), granularity, scale_dtype)
+        entries = 2**bits if entries is None else entries
+        super().__init__(shape, CodebookFormat(entries), granularity, scale_dtype)
         if init not in ("kmeans", "nf4"):
             raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, ('kmeans', 'nf4'))}")
-        if init == "nf4" and bits != 4:
-            raise InputError(f"init=nf4 has 16 entries, so it needs bits=4, not {bits}. Or use init=kmeans.")
+        if init == "nf4" and entries != 16:
+            raise InputError(f"init=nf4 has 16 entries, not {entries}: set bits=4 and no entries, or use init=kmeans.")
         sharing = self.granularity if codebook is None else parse_granularity(codebook)
         table_shape = sharing.param_shape(self.shape)
         if not _is_coarser(table_shape, self.param_shape):
@@ -60,7 +63,7 @@ class KMeansQuantizer(Quantizer):
             )
         self.init = init
         self.initialized = False
-        self.codebook = nn.Parameter(torch.zeros(*table_shape, 2**bits))
+        self.codebook = nn.Parameter(torch.zeros(*table_shape, entries))
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape), requires_grad=learn_scale)
 
     def qparams(self, x: Tensor) -> QParams:

@@ -33,15 +33,16 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
         `model`.
 
     Raises:
-        InputError: if the model has no linear layer, a rule matches none, or a group size does not divide a layer.
+        InputError: if the model has no linear layer, a rule is of no use, a group size does not divide a layer, or
+            an activation quantizer could not be stored.
     """
     _conv1d_to_linear(model)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if not linears:
         raise InputError("The model has no linear layer left to quantize; was it prepared already?")
     shared: dict[int, Quantizer | NoQuantizer] = {}
-    head = None if scheme.head else _output_head(model)
-    assigned = {name: rule for name, rule in scheme.assign(linears).items() if linears[name] is not head}
+    head = _output_head(model)
+    assigned = scheme.assign(linears, next((name for name, linear in linears.items() if linear is head), None))
     for name, rule in assigned.items():
         if not rule.packs:
             raise InputError(f"{name} would get activation quantizers but no weight quantizer: give its rule a weight.")
@@ -59,6 +60,9 @@ def convert(model: nn.Module) -> nn.Module:
     """Replace every QuantLinear of `model` by a PackedLinear that stores codes, in place.
 
     Layers that share a weight share its packed codes. The full-precision weights are released.
+
+    Raises:
+        InputError: if a layer has no weight quantizer, or a static quantizer was never calibrated.
     """
     packed: dict[int, PackedTensor] = {}
     for name, layer in list(quant_linears(model)):
@@ -121,16 +125,23 @@ def _activation(factory: Callable[..., nn.Module], features: int, name: str, rol
                 f"{name}, {role}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
                 "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
             )
+    if isinstance(quantizer, Quantizer) and quantizer.initialized:
+        _in_context(lambda: StoredActivation.from_quantizer(quantizer), f"{name}, {role}")
     return quantizer
 
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
+    return _in_context(lambda: factory(shape=shape), f"{name}, {role} of shape {list(shape)}")
+
+
+def _in_context(work: Callable[[], nn.Module], context: str) -> nn.Module:
+    """Do `work`; a mistake names the layer that it was found at."""
     try:
-        return factory(shape=shape)
+        return work()
     except InputError as error:
-        raise InputError(f"{name}, {role} of shape {list(shape)}: {error}") from error
+        raise InputError(f"{context}: {error}") from error
     except TypeError as error:
-        raise InputError(f"{name}, {role}: the quantizer refused its options: {error}") from error
+        raise InputError(f"{context}: the quantizer refused its options: {error}") from error
 
 
 def _stored(quantizer: nn.Module, device: torch.device) -> nn.Module:

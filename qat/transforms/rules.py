@@ -1,7 +1,7 @@
 """Schemes: which quantizer goes to which layer, as ordered rules."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -63,27 +63,51 @@ class Scheme:
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
     rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     head: bool = False
 
-    def assign(self, names: Iterable[str]) -> dict[str, Rule]:
+    def assign(self, names: Iterable[str], head: str | None = None) -> dict[str, Rule]:
         """Find the rule of every layer of `names`; layers that stay in full precision are left out.
 
+        Args:
+            names: of the linear layers.
+            head: the one of them that is the model's output head, if it has one.
+
         Raises:
-            InputError: if a rule or an excluded name matches no layer at all.
+            InputError: if a rule or an excluded name is of no use, because it matches no layer or only layers that
+                earlier ones take, or if nothing is left to quantize.
         """
-        names = list(names)
-        ordered = [(f"exclude '{pattern}'", Rule(pattern)) for pattern in self.exclude]
+        left = [name for name in names if self.head or name != head]
+        chosen: dict[str, Rule] = {}
+        for label, rule in self._ordered():
+            matching = [name for name in left if rule.matches(name)]
+            own = [name for name in matching if name not in chosen]
+            if not own:
+                raise InputError(f"The scheme's {label} {_why_useless(rule, matching, left, head)}")
+            chosen |= dict.fromkeys(own, rule)
+        everything = Rule("*", self.weight, self.input, self.output)
+        chosen |= {name: everything for name in left if name not in chosen}
+        quantized = {name: rule for name, rule in chosen.items() if rule.quantizes}
+        if not quantized and everything.quantizes:
+            raise InputError("The scheme excludes every linear layer. To train without quantization, set scheme=none.")
+        return quantized
+
+    def _ordered(self) -> Iterator[tuple[str, Rule]]:
+        """Every exception with what to call it, in the order in which they are tried."""
+        for pattern in (self.exclude,) if isinstance(self.exclude, str) else self.exclude:
+            yield f"exclude '{pattern}'", Rule(pattern)
         for key, given in self.rules.items():
             rule = given if isinstance(given, Rule) else _rule_from(key, given)
-            ordered.append((f"rule '{key}' (match: {rule.match})", rule))
-        for label, rule in ordered:
-            if not any(rule.matches(name) for name in names):
-                last = sorted({re.sub(r"\d+", "*", name) for name in names})
-                raise InputError(f"The scheme's {label} matches no linear layer.{nearest(rule.patterns[0], last)}")
-        everything = Rule("*", self.weight, self.input, self.output)
-        chosen = {name: next((rule for _, rule in ordered if rule.matches(name)), everything) for name in names}
-        return {name: rule for name, rule in chosen.items() if rule.quantizes}
+            yield f"rule '{key}' (match: {rule.match})", rule
+
+
+def _why_useless(rule: Rule, matching: list[str], names: list[str], head: str | None) -> str:
+    if matching:
+        return f"is never used: earlier ones take {matching[0]} and whatever else it matches. Move it before them."
+    if head is not None and head not in names and rule.matches(head):
+        return f"matches only the output head {head}, which stays in full precision unless scheme.head=true."
+    kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
+    return f"matches no linear layer.{nearest(rule.patterns[0], kinds)}"
 
 
 def _rule_from(key: str, options: Mapping[str, Any]) -> Rule:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import qat
@@ -91,6 +92,30 @@ def damage(artifact, kind):
         settings = json.loads(config.read_text())
         del settings["layers"]
         config.write_text(json.dumps(settings))
+    elif kind == "garbled":
+        settings = json.loads(config.read_text())
+        del next(iter(settings["layers"].values()))["weight"]["granularity"]
+        config.write_text(json.dumps(settings))
+
+
+def test_a_full_disk_leaves_the_old_artifact_and_one_line(artifact, monkeypatch):
+    model = qat.load(artifact)
+
+    def fail(*args, **kwargs):
+        raise SafetensorError("Error while serializing: IoError(No space left on device)")
+
+    monkeypatch.setattr("qat.export.artifact.save_file", fail)
+    with pytest.raises(InputError, match=r"Cannot write .*No space left on device.* Free space"):
+        qat.save(model, artifact)
+    qat.load(artifact)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_that_trained_is_the_one_that_is_loaded(tmp_path, attention):
+    model = tiny_llama()
+    model.set_attn_implementation(attention)
+    artifact = qat.save(qat.convert(qat.prepare(model, SCHEMES["lsq"])), tmp_path / "artifact")
+    assert qat.load(artifact).config._attn_implementation == attention
 
 
 @pytest.mark.parametrize(
@@ -102,6 +127,7 @@ def damage(artifact, kind):
         ("not json", "is damaged"),
         ("newer", "format_version 99"),
         ("incomplete", "no layers"),
+        ("garbled", r"damaged at layer model.layers.0.self_attn.q_proj \(KeyError\('granularity'\)\)"),
     ],
 )
 def test_a_damaged_artifact_is_refused_in_one_line(artifact, kind, message):

@@ -96,7 +96,7 @@ def test_operators_are_well_formed():
     torch.library.opcheck(torch.ops.qat.quantize, (view, *grid), test_utils=checks)
     torch.library.opcheck(torch.ops.qat.dequantize_, (codes, torch.empty(24, 48), *grid), test_utils=checks)
     torch.library.opcheck(torch.ops.qat.fake_quantize, (view, *grid), test_utils=checks)
-    backward = (torch.randn(24, 48), view, codes, [True, True, True, False], *grid)
+    backward = (torch.randn(24, 48), view, codes, torch.empty(24, 48), [True, True, True, False], *grid)
     torch.library.opcheck(torch.ops.qat.fake_quantize_backward_, backward, test_utils=checks)
 
 

@@ -1,5 +1,7 @@
 import errno
+import os
 import resource
+import socket
 
 import pytest
 import torch
@@ -42,6 +44,40 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
         (temporary / "new").touch()
     assert [p.name for p in path.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def leave_behind(path, suffix):
+    """What a process that was killed while writing leaves: its number is above the highest that Linux gives."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{2**22 + 1}.{suffix}")
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    path = tmp_path / "file"
+    leave_behind(path, "tmp").write_text("half")
+    living = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getppid()}.tmp")
+    living.touch()
+    with replaced_file(path) as temporary:
+        temporary.write_text("new")
+    assert sorted(tmp_path.iterdir()) == sorted([living, path])
+
+
+def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
+    path = tmp_path / "folder"
+    (aside := leave_behind(path, "old")).mkdir()
+    (aside / "old").touch()
+    with pytest.raises(RuntimeError):
+        half_written_folder(path)
+    assert [p.name for p in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_mistakes_are_not_called_a_full_disk(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_modules import cli
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,8 +46,9 @@ class Shell:
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, *arguments, code=0, defaults=True, sweep=False):
-        process = self.start(*(["-m"] if sweep else []), *(self.options if defaults else []), *arguments)
+    def run(self, *arguments, code=0, defaults=True, sweep=False, config_dir=None):
+        flags = [*(["-m"] if sweep else []), *([f"--config-dir={config_dir}"] if config_dir else [])]
+        process = self.start(*flags, *(self.options if defaults else []), *arguments)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
         return output
@@ -163,6 +166,30 @@ def test_a_signal_saves_and_says_how_to_resume(shell, number):
     assert "converted, saved, loaded" in shell.rows("stopped")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_outside_training_has_its_own_code(shell, number):
+    process = shell.start(*shell.options, "trainer.max_steps=4000", "hydra.run.dir=early")
+    wait_for(shell.folder / "early" / ".hydra" / "overrides.yaml", process)
+    time.sleep(1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert f"resume={shell.folder / 'early'}" in output
+
+
+def test_a_run_is_resumed_from_anywhere(shell, text_file):
+    """Its relative paths, and configs of the user's own, are found from another folder too."""
+    (shell.folder / "short.txt").write_text(text_file.read_text())
+    own = shell.folder / "conf" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
+    shell.run(*shell.options, "data.path=short.txt", "trainer.max_steps=2", "experiment=mine", "hydra.run.dir=run",
+              defaults=False, config_dir="conf")  # fmt: skip
+    run, shell.folder = shell.folder / "run", shell.folder / "conf"
+    shell.run(f"resume={run}", "trainer.max_steps=3", defaults=False)
+    assert json.loads((run / "results.json").read_text())["rows"][-1]["step"] == 3
+
+
 def test_a_finished_run_goes_on_and_is_measured_again(shell):
     shell.run("trainer.max_steps=4", "hydra.run.dir=run")
     before = shell.rows("run")
@@ -174,26 +201,48 @@ def test_a_finished_run_goes_on_and_is_measured_again(shell):
     assert shell.rows("run")["rounded to nearest"]["bits_per_weight"] == 2.5
 
 
-def test_mistakes_get_one_line(shell, tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    for arguments, expected in [
-        (["trainer.max_step=3"], "Did you mean 'max_steps'"),
-        (["scheme=w33"], "Did you mean 'w3'"),
-        (["quantizer@scheme.weight=kmean"], "Did you mean 'kmeans'"),
-        (["shceme=w3"], "Did you mean 'scheme'"),
-        (["scheme.weight.bits=9"], "2 to 8 bits"),
-        (["scheme.weight.bits=three"], "2 to 8 bits, not three"),
-        (["scheme.weight.granularity=per_group_48"], "Sizes that do"),
-        (["scheme.exclude=[nothing]"], "matches no linear layer"),
-        (["data.path=empty.txt"], "is empty"),
-        (["data.path=missing.txt"], "no text at"),
-        (["data.sequence_length=100000"], "less than one window"),
-        (["model.name=no/such-model"], "Cannot load the model"),
-        (["transforms=none", "quantizer@scheme.input=minmax_static"], "static but nothing calibrated it"),
-        (["resume=nowhere"], "not the folder of a run"),
-        (["ckpt_path=nowhere.ckpt"], "no checkpoint at"),
-    ]:
-        assert expected in shell.fails("debug=fast", *arguments), arguments
+MISTAKES = [
+    (["trainer.max_step=3"], "Did you mean 'max_steps'"),
+    (["scheme=w33"], "Did you mean 'w3'"),
+    (["quantizer@scheme.weight=kmean"], "Did you mean 'kmeans'"),
+    (["shceme=w3"], "Did you mean 'scheme'"),
+    (["scheme.weight.bits=9"], "2 to 8 bits"),
+    (["scheme.weight.bits=three"], "2 to 8 bits, not three"),
+    (["scheme.weight.granularity=per_group_48"], "Sizes that do"),
+    (["scheme.exclude=[nothing]"], "matches no linear layer"),
+    (["scheme.exclude=*"], "excludes every linear layer"),
+    (["data.path=empty.txt"], "is empty"),
+    (["data.path=missing.txt"], "no text at"),
+    (["data.sequence_length=100000"], "less than one window"),
+    (["data.batch_size=0"], "data.batch_size is 0"),
+    (["optimizer.lr=-1"], "refused an option: Invalid learning rate"),
+    (["optimizer.lr=abc"], "refused an option"),
+    (["trainer.devices=2"], "set trainer.devices=1"),
+    (["model.name=no/such-model"], "Cannot load the model"),
+    (["transforms=none", "quantizer@scheme.input=minmax_static"], "static but nothing calibrated it"),
+    (["resume=nowhere"], "not the folder of a run"),
+    (["ckpt_path=nowhere.ckpt"], "no checkpoint at"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes_get_one_line(shell, monkeypatch, capsys, arguments, expected):
+    """In this process, which has imported everything already."""
+    (shell.folder / "empty.txt").write_text("")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.chdir(shell.folder)
+    monkeypatch.setattr(sys, "argv", ["train.py", *shell.options, "debug=fast", *arguments])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("Error: ")
+    assert expected in errors[-1]
+    assert not any("Traceback" in line or line.startswith("Error: ") for line in errors[:-1])
 
 
 def test_a_missing_required_option_is_named(shell):

@@ -81,6 +81,70 @@ def test_every_answer_of_a_chat_is_learned():
     assert tokenizer.decode([i for i, learn in zip(ids, learned, strict=True) if learn]) == "one<|end|>two<|end|>"
 
 
+def test_a_chat_is_the_whole_template_and_system_turns_are_read_only():
+    tokenizer = tiny_tokenizer(chat=True)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a?"}]
+    messages.append({"role": "assistant", "content": "one"})
+    ids, learned = encode_row({"messages": messages}, tokenizer)
+    assert tokenizer.decode(ids) == "[system]be brief[user]a?[assistant]one<|end|>"
+    assert sum(learned) == len("one") + 1
+
+
+REWRITES = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+REFUSES = "{{ raise_exception('roles must alternate') }}"
+TWO_TURNS = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (REWRITES, TWO_TURNS, "renders earlier turns differently"),
+        (REFUSES, TWO_TURNS, "refuses a chat: roles must alternate"),
+        (None, [], "where a message belongs"),
+        (None, "hello", "where a message belongs"),
+        (None, ["hello"], "'hello' where a message belongs"),
+        (None, [{"role": "user"}], "give each one a 'role' and a 'content'"),
+    ],
+    ids=["rewrites", "refuses", "empty", "text", "strings", "no content"],
+)
+def test_chats_that_cannot_be_encoded_are_refused(template, messages, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=message):
+        encode_row({"messages": messages}, tokenizer)
+
+
+def test_processes_share_a_stream_evenly():
+    rows = [{"text": f"row number {i} of the stream"} for i in range(41)]
+    whole = list(WindowStream(lambda: rows, tiny_tokenizer(), 16))
+    halves = [list(WindowStream(lambda: rows, tiny_tokenizer(), 16, rank, 2)) for rank in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == len(whole) // 2
+    mixed = [window for pair in zip(*halves, strict=True) for window in pair]
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(mixed, whole, strict=False))
+
+
+def test_a_stream_has_one_reader(tmp_path):
+    with pytest.raises(InputError, match=r"set it to 0"):
+        HubDataModule(tiny_tokenizer(), str(tmp_path), streaming=True, num_workers=2)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "val_batch_size"])
+def test_empty_batches_are_refused(text_file, tmp_path, name):
+    with pytest.raises(InputError, match=f"data.{name} is 0"):
+        module(text_file, tmp_path, **{name: 0})
+
+
+def test_another_tokenizer_does_not_reuse_tokens(text_file, tmp_path):
+    module(text_file, tmp_path).setup()
+    data = module(text_file, tmp_path)
+    data.tokenizer.eos_token = "z"
+    data.setup()
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
+
+
 def test_masked_tokens_have_the_ignored_label(tmp_path):
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(json.dumps({"instruction": "say x", "response": "x" * 20}) for _ in range(20)))

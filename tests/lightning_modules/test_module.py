@@ -1,18 +1,24 @@
 import math
+import signal
 from functools import partial
 
+import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 import qat
-from lightning_modules.callbacks import ProgressBar
-from lightning_modules.callbacks.monitor import measure
+from lightning_modules.callbacks import GracefulStop, LastCheckpoint, ProgressBar, QuantizerMonitor, Stopped
+from lightning_modules.callbacks.monitor import measure_weight
 from lightning_modules.causal_lm import CausalLMModule, first_non_finite, parameter_groups
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.report import Report, plot_training
-from qat.quantizers import KMeansQuantizer, LSQQuantizer
+from qat.errors import InputError
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 from qat.transforms import quant_linears
 from tests.conftest import tiny_llama
 
+TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
 
 
@@ -35,19 +41,24 @@ def test_the_first_layer_with_a_nan_is_found():
     assert first_non_finite(model, {"input_ids": ids}) == "model.layers.1.mlp.up_proj"
     assert first_non_finite(tiny_llama(), {"input_ids": ids}) is None
     assert not any(module._forward_hooks for module in model.modules())
+    quantized = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=TOKEN8))
+    with torch.no_grad():
+        quantized.model.layers[1].mlp.up_proj.weight_quantizer.log_scale[0, 0] = math.nan
+    assert first_non_finite(quantized, {"input_ids": ids}) == "model.layers.1.mlp.up_proj"
 
 
 def test_the_monitor_measures_what_it_says():
     model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3))
     _, layer = next(quant_linears(model))
-    figures = measure(layer)
+    figures = measure_weight(layer.weight_quantizer, layer.weight)
     assert 8 < figures["sqnr"] < 20
     assert figures["code_use"] == 1
     with torch.no_grad():
         layer.weight_quantizer.log_scale -= 2  # a quarter of the scale: most weights lie beyond the grid
-    assert measure(layer)["clipped"] > figures["clipped"] + 0.3
-    codebook = qat.prepare(tiny_llama(), qat.Scheme(weight=partial(KMeansQuantizer, bits=4)))
-    assert measure(next(quant_linears(codebook))[1])["clipped"] == 0
+    assert measure_weight(layer.weight_quantizer, layer.weight)["clipped"] > figures["clipped"] + 0.3
+    codebook = KMeansQuantizer(layer.weight.shape, bits=4)
+    codebook.initialize(layer.weight)
+    assert measure_weight(codebook, layer.weight)["clipped"] == 0
 
 
 def test_computed_buffers_keep_their_dtype():
@@ -104,3 +115,80 @@ def test_a_batch_with_nothing_to_learn_teaches_nothing():
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+class Batches(pl.LightningDataModule):
+    def train_dataloader(self):
+        ids = torch.randint(0, 96, (4, 8), generator=torch.Generator().manual_seed(0))
+        return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
+
+
+class Records(CSVLogger):
+    """Keeps the metrics in memory."""
+
+    @property
+    def metrics(self):
+        return self._rows
+
+
+def fit(tmp_path, module, *callbacks, **options):
+    logger = Records(str(tmp_path))
+    settings = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(callbacks=list(callbacks), logger=logger, **(settings | options))
+    trainer.fit(module, datamodule=Batches())
+    return logger.metrics
+
+
+def test_weights_and_activations_are_monitored_to_the_last_step(tmp_path):
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=TOKEN8))
+    module = CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3))
+    rows = fit(tmp_path, module, QuantizerMonitor(every_n_steps=2), max_steps=-1, max_epochs=2)
+    layer = "model.layers.0.self_attn.q_proj"
+    assert [step for step, row in rows.items() if f"sqnr/{layer}" in row] == [0, 2, 4]
+    assert [step for step, row in rows.items() if f"sqnr/{layer}.input" in row] == [0, 2]
+    assert rows[0]["activations/sqnr"] > 30 > rows[0]["quantizers/sqnr"] > 8
+    assert rows[2]["activations/clipped"] == 0
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights(tmp_path):
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3))
+    parameter = module.model.model.layers[1].mlp.up_proj.weight
+    parameter.register_hook(lambda grad: grad * math.nan)
+    before = parameter.detach().clone()
+    with pytest.raises(InputError, match=r"gradients became nan at step 0. First at fault: .*layers.1.mlp.up_proj"):
+        fit(tmp_path, module)
+    assert torch.equal(parameter, before)
+
+
+def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_written(tmp_path):
+    class Break(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 2:
+                pl_module.model.lm_head.weight.data[0, 0] = math.inf
+
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3))
+    last = LastCheckpoint(str(tmp_path), every_n_steps=1)
+    with pytest.raises(InputError, match="no longer finite after step 2; the checkpoint of step 1 is kept"):
+        fit(tmp_path, module, Break(), last)
+    assert torch.load(last.path, weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"lr": "abc"}])
+def test_options_that_an_optimizer_refuses_get_one_line(tmp_path, options):
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, **options))
+    with pytest.raises(InputError, match="The optimizer or its scheduler refused an option"):
+        fit(tmp_path, module)
+
+
+def test_a_signal_during_the_last_step_stops_too(tmp_path):
+    class Signal(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    stop, last = GracefulStop(), LastCheckpoint(str(tmp_path))
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3))
+    with pytest.raises(Stopped, match="step 4 on SIGTERM"):
+        fit(tmp_path, module, Signal(), stop, last)
+    assert torch.load(last.path, weights_only=True)["global_step"] == 4

@@ -4,7 +4,7 @@ import torch
 
 from qat.numerics.formats import CodebookFormat, IntFormat
 from qat.numerics.granularity import PerChannel
-from qat.numerics.metrics import code_entropy, code_use, sqnr, stored_bits
+from qat.numerics.metrics import clipped_share, code_use, sqnr, stored_bits
 from qat.numerics.qtensor import QParams, QuantizedTensor
 
 
@@ -14,12 +14,20 @@ def test_sqnr_of_a_tenth_of_the_signal_is_twenty_decibels():
     assert sqnr(x, x) == math.inf
 
 
-def test_code_use_and_entropy():
+def test_code_use_counts_each_codebook_row():
     codes = torch.tensor([[0, 1, 0, 1], [2, 2, 2, 2]], dtype=torch.uint8)
     qparams = QParams(torch.ones(2, 1), codebook=torch.randn(2, 1, 4))
     q = QuantizedTensor(codes, qparams, CodebookFormat(4), PerChannel(), torch.float32)
     assert code_use(q) == (2 / 4 + 1 / 4) / 2
-    assert abs(code_entropy(q) - 1.5) < 1e-6
+
+
+def test_clipped_is_what_lies_half_a_step_beyond_the_grid():
+    x = torch.tensor([[3.4, 3.6, -4.4, -4.6]])
+    codes = torch.tensor([[3, 3, -4, -4]], dtype=torch.int8)
+    q = QuantizedTensor(codes, QParams(torch.ones(1, 1)), IntFormat(3), PerChannel(), torch.float32)
+    assert clipped_share(x, q) == clipped_share(x.bfloat16(), q) == 0.5
+    table = QParams(torch.ones(1, 1), codebook=torch.tensor([[[-1.0, 1.0]]]))
+    assert clipped_share(x, QuantizedTensor(codes, table, CodebookFormat(2), PerChannel(), torch.float32)) == 0
 
 
 def test_stored_bits_count_scales():

@@ -107,7 +107,8 @@ def test_centroids_that_cross_keep_an_ascending_grid():
     ("make", "message"),
     [
         (lambda: KMeansQuantizer((4, 64), bits=9), "1 to 8 bits"),
-        (lambda: KMeansQuantizer((4, 64), bits=3, init="nf4"), "needs bits=4"),
+        (lambda: KMeansQuantizer((4, 64), bits=3, init="nf4"), "16 entries, not 8: set bits=4"),
+        (lambda: KMeansQuantizer((4, 64), entries=300), "2 to 256 entries, not 300"),
         (lambda: KMeansQuantizer((4, 64), init="kmens"), "Did you mean 'kmeans'"),
         (lambda: KMeansQuantizer((4, 64), granularity="per_tensor", codebook="per_channel"), "finer than the scales"),
         (lambda: NF4Quantizer((4, 64), bits=3), "NF4 has 4 bits"),
@@ -156,3 +157,13 @@ def test_published_tables():
     assert torch.equal(torch.tensor(dynamic_map()), functional.create_dynamic_map())
     assert tuple(sorted(NF4)) == NF4
     assert len(dynamic_map()) == 256
+
+
+def test_codebooks_of_any_size():
+    quantizer = KMeansQuantizer((8, 64), entries=3)
+    x = torch.randn(8, 64)
+    quantizer.initialize(x)
+    q = quantizer.quantize(x)
+    assert quantizer.format.name == "codebook3"
+    assert q.codes.unique().tolist() == [0, 1, 2]
+    assert torch.equal(quantizer(x), q.dequantize())

@@ -88,6 +88,15 @@ def test_only_what_the_rules_say():
             "layers.0.*48 does not divide 64. Sizes that do",
         ),
         (qat.Scheme(weight=partial(LSQ3, bits=9)), "2 to 8 bits"),
+        (qat.Scheme(weight=LSQ3, exclude="*"), "excludes every linear layer"),
+        (
+            qat.Scheme(weight=LSQ3, exclude=["*.mlp.*"], rules={"x": qat.Rule("*.up_proj", weight=LSQ3)}),
+            r"rule 'x' .* is never used: earlier ones take model.layers.0.mlp.up_proj",
+        ),
+        (
+            qat.Scheme(weight=LSQ3, rules={"x": qat.Rule("lm_head", weight=LSQ3)}),
+            "matches only the output head lm_head, which stays in full precision unless scheme.head=true",
+        ),
         (qat.Scheme(weight=partial(LSQ3, bitz=3)), "refused its options.*bitz"),
     ],
 )
@@ -164,8 +173,9 @@ class Unnamed(Quantizer):
         (partial(LSQQuantizer, granularity="per_channel"), "per_tensor or per_channel_-1, not per_channel"),
         (partial(KMeansQuantizer, granularity="per_group_32"), "per_tensor or per_channel_-1"),
         (Unnamed, "names no rule"),
+        (partial(NF4Quantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
     ],
-    ids=["lsq", "kmeans", "unnamed"],
+    ids=["lsq", "kmeans", "unnamed", "double"],
 )
 def test_activation_quantizers_that_cannot_be_stored_are_refused(factory, message):
     with pytest.raises(InputError, match=message):

@@ -1,122 +1,157 @@
 """Fake quantization in plain PyTorch, forward and backward written out, on the view `[groups, elements]`.
 
 The gradients are those that autograd derives from `qat.numerics.functional.fake_quantize`, with v = x / s + z, the
-code's grid value q and the incoming gradient g:
+result x_hat and the incoming gradient g:
 
     dx = g where v is inside the grid, else 0            (a codebook has no outside)
-    ds = sum over the group of dx * (q - v) + (g - dx) * (q - z)
+    ds = sum over the group of (g * x_hat - dx * x) / s
     dz = sum over the group of (dx - g) * s
     dcodebook[k] = sum over the members of entry k of g * s
 
-Everything runs in pieces that fit a core's cache, which makes these many small passes cost about one long one and
-bounds what they allocate.
+Everything runs in place, in blocks that fit a core's cache and in scratch memory, which makes these many small passes
+cost about one long one.
 """
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.numerics.formats import Format
+from qat.numerics.formats import Format, as_index
 from qat.numerics.qtensor import ViewParams, scale_down, unscale
+from qat.scratch import scratch
 
-_PIECE = 2**16
+# Elements of a block: what fits the cache of every CPU core that takes part; on a GPU, a bound to the temporaries.
+_BLOCK_OF_A_CORE, _BLOCK_OF_A_GPU = 2**17, 2**25
+
+
+class Gradients(NamedTuple):
+    """Shaped like the qparams of the view; empty where not needed."""
+
+    scale: Tensor
+    zero_point: Tensor
+    codebook: Tensor
 
 
 def quantize(x: Tensor, params: ViewParams, format: Format) -> Tensor:
     """Codes of `x`."""
     codes = torch.empty(x.shape, dtype=format.code_dtype, device=x.device)
-    for piece, own in _pieces(x, params):
-        codes[piece] = format.encode(scale_down(x[piece], own), own.codebook)
+    for (own,), (x_block, out) in _blocks([params], x, codes):
+        v = scale_down(x_block, own, out=_temporary("v", x_block))
+        out.copy_(format.encode_(v, own.codebook))
     return codes
 
 
 def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
     """Write the values of `codes`, computed in float32, into `out`."""
-    for piece, own in _pieces(codes, params):
-        out[piece] = unscale(format.decode(codes[piece], own.codebook), own)
+    for (own,), (block, values) in _blocks([params], codes, out):
+        if values.dtype == torch.float32:
+            _decode(block, values, own, format)
+        else:
+            values.copy_(_decode(block, _temporary("values", block), own, format))
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, codes: Tensor, needs: list[bool], params: ViewParams, format: Format
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    x_hat: Tensor | None,
+    needs: list[bool],
+    params: ViewParams,
+    format: Format,
+) -> Gradients:
     """Gradients to scale, zero point and codebook; the one to x takes the place of `grad`.
 
     Args:
-        grad: gradient of x_hat, `[groups, elements]`; overwritten if `needs[0]`.
+        grad: gradient of x_hat, `[groups, elements]`; overwritten.
         x: the values that were quantized.
         codes: their codes.
+        x_hat: if given, the values of the codes are written there, for who needs them again.
         needs: which of the four gradients to compute; the others come back empty.
     """
     need_x, need_scale, need_zero_point, need_codebook = needs
-    scale, _, codebook, _ = params
-    dscale = torch.zeros_like(scale) if need_scale else grad.new_empty(0)
-    dzero_point = torch.zeros_like(scale) if need_zero_point else grad.new_empty(0)
-    dcodebook = torch.zeros_like(codebook) if need_codebook and codebook is not None else grad.new_empty(0)
-    for piece, own in _pieces(x, params):
-        g = grad[piece].to(torch.float32)
-        rows = piece[0]
+    wanted = zip(params[:3], needs[1:], strict=True)
+    found = Gradients(*(torch.zeros_like(p) if need and p is not None else grad.new_empty(0) for p, need in wanted))
+    restored = grad if x_hat is None else x_hat
+    for (own, total), (g_own, x_own, code_block, x_hat_own) in _blocks([params, found], grad, x, codes, restored):
+        g, x_block = g_own.to(torch.float32), x_own.to(torch.float32)
         if need_codebook:
-            _add_codebook_gradient(dcodebook, g, codes[piece], rows.start / len(x), own)
+            _add_codebook_gradient(total.codebook, g, code_block, own)
+        if need_zero_point:
+            total.zero_point.sub_(g.sum(1, keepdim=True))
+        if need_scale or x_hat is not None:
+            values = _decode(code_block, _temporary("values", g), own, format)
+        if x_hat is not None:
+            x_hat_own.copy_(values)
+        if need_scale:
+            values.mul_(g)
         if need_x or need_scale or need_zero_point:
-            v = scale_down(x[piece], own)
-            inside = _clip_backward(g, v, format)
-            if need_scale:
-                dscale[rows] += _scale_gradient(g, inside, v, format.decode(codes[piece], own.codebook), own)
-            if need_zero_point:
-                dzero_point[rows] += own.scale * (inside - g).sum(1, keepdim=True)
-            if need_x:
-                grad[piece] = inside
-    return dscale, dzero_point, dcodebook
+            _clip_backward_(g, x_block, own, format)
+        if need_scale:
+            total.scale.add_(values.addcmul_(g, x_block, value=-1).sum(1, keepdim=True))
+        if need_zero_point:
+            total.zero_point.add_(g.sum(1, keepdim=True))
+        if need_x and g is not g_own:
+            g_own.copy_(g)
+    if need_scale:
+        found.scale.div_(params.scale)
+    if need_zero_point:
+        found.zero_point.mul_(params.scale)
+    return found
 
 
-def _clip_backward(g: Tensor, v: Tensor, format: Format) -> Tensor:
-    """g where v is on or inside the ends of the grid, else 0."""
-    if not format.saturates:
-        return g
-    low, high = format.range()
-    # hardtanh's own backward is one pass, but excludes its ends: open the interval by one float.
-    below, above = torch.nextafter(torch.tensor([low, high]), torch.tensor([-math.inf, math.inf])).tolist()
-    return torch.ops.aten.hardtanh_backward(g, v, below, above)
+def _decode(codes: Tensor, out: Tensor, own: ViewParams, format: Format) -> Tensor:
+    return unscale(format.decode(codes, own.codebook, out=out), own, out=out)
 
 
-def _scale_gradient(g: Tensor, inside: Tensor, v: Tensor, q: Tensor, own: ViewParams) -> Tensor:
-    outside = (g - inside).mul_(q if own.zero_point is None else q - own.zero_point)
-    return (q - v).mul_(inside).add_(outside).sum(1, keepdim=True)
+def _clip_backward_(g: Tensor, x: Tensor, own: ViewParams, format: Format) -> None:
+    """Set g to 0 where v is beyond the ends of the grid."""
+    if format.saturates:
+        v = scale_down(x, own, out=_temporary("v", g))
+        torch.ops.aten.hardtanh_backward.grad_input(g, v, *_open_interval(format), grad_input=g)
 
 
-def _add_codebook_gradient(total: Tensor, g: Tensor, codes: Tensor, position: float, own: ViewParams) -> None:
-    """Add g * s of every member to its entry; the piece starts at the share `position` of all codebook rows."""
-    assert own.codebook is not None
-    rows = len(own.codebook)
-    first = round(position * len(total)) if len(total) > 1 else 0
-    members = codes.reshape(rows, -1).long()
-    total[first : first + rows].scatter_add_(1, members, (g * own.scale).reshape(rows, -1))
+@lru_cache
+def _open_interval(format: Format) -> tuple[float, float]:
+    """The ends of the grid, one float32 further out: hardtanh's backward excludes its own ends."""
+    ends = torch.tensor(format.range(), dtype=torch.float32)
+    below, above = torch.nextafter(ends, torch.tensor([-math.inf, math.inf])).tolist()
+    return below, above
 
 
-def _pieces(view: Tensor, params: ViewParams) -> Iterator[tuple[tuple[slice, slice], ViewParams]]:
-    """Cut `view` into blocks of about `_PIECE` elements, each with the parameters of its groups."""
-    groups, elements = view.shape
+def _add_codebook_gradient(total: Tensor, g: Tensor, codes: Tensor, own: ViewParams) -> None:
+    """Add g * s of every member to its entry of the codebook."""
+    shares = torch.mul(g, own.scale, out=_temporary("v", g)).view(len(total), -1)
+    total.scatter_add_(1, as_index(codes.reshape(shares.shape)), shares)
+
+
+def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
+    """Cut `tensors` `[groups, elements]` into blocks, each with its own part of `params` (the first: ViewParams)."""
+    groups, elements = tensors[0].shape
+    most = _BLOCK_OF_A_CORE * torch.get_num_threads() if tensors[0].device.type == "cpu" else _BLOCK_OF_A_GPU
     if groups == 1:
-        for start in range(0, elements, _PIECE):
-            yield (slice(0, 1), slice(start, start + _PIECE)), params
-        return
-    scale, zero_point, codebook, offset = params
-    tables = 1 if codebook is None else len(codebook)
-    groups_per_table = groups // tables
+        parts = zip(*(tensor.split(most, dim=1) for tensor in tensors), strict=True)
+        return zip(repeat(tuple(params)), parts, strict=False)
+    tables = 1 if params[0].codebook is None else len(params[0].codebook)
     # A block holds whole codebook rows, unless all groups share a single one.
-    unit = 1 if tables == 1 else groups_per_table
-    step = max(1, _PIECE // (unit * elements)) * unit
-    for start in range(0, groups, step):
-        rows = slice(start, min(start + step, groups))
-        own_table = codebook
-        if codebook is not None and tables > 1:
-            own_table = codebook[rows.start // groups_per_table : rows.stop // groups_per_table]
-        own = ViewParams(
-            scale[rows],
-            None if zero_point is None else zero_point[rows],
-            own_table,
-            None if offset is None else offset[rows],
-        )
-        yield (rows, slice(None)), own
+    unit = 1 if tables == 1 else groups // tables
+    step = max(1, most // (unit * elements)) * unit
+    own = zip(*(_split(p, step, groups) for p in params), strict=False)
+    return zip(own, zip(*(tensor.split(step) for tensor in tensors), strict=True), strict=False)
+
+
+def _split(params: Any, step: int, groups: int) -> Iterator[Any]:
+    """The part of a tuple of parameters for each `step` groups, without end where all groups share them."""
+    fields = (
+        repeat(field) if field is None or len(field) < 2 else field.split(step * len(field) // groups)
+        for field in params
+    )
+    return map(type(params), *fields)
+
+
+def _temporary(name: str, like: Tensor) -> Tensor:
+    return scratch(name, like.shape, torch.float32, like.device)

@@ -1,0 +1,25 @@
+"""Memory for tensors that live for one step of a computation."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+_buffers = threading.local()
+
+
+def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that the next call with the same `name` may overwrite.
+
+    On a CPU each thread reuses one buffer a name, the size of its largest request: fresh memory costs a page fault
+    every 4 KiB, more than the values written there, and what is freed leaves holes between what is kept. GPUs have an
+    allocator that reuses memory by itself.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = shape.numel() * dtype.itemsize
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].view(dtype).view(shape)
