@@ -88,7 +88,7 @@ def plot_training(metrics: Path, picture: Path, title: str) -> bool:
         right.plot([], [], color=colour, label=kind)
     right.set(xlabel="optimizer step", ylabel="SQNR of each layer's weight (dB)")
     if kinds:
-        right.legend(fontsize=8, loc="best")
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
