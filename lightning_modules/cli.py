@@ -154,7 +154,9 @@ def _composition(error: ConfigCompositionException) -> str:
 
 
 def _quiet() -> None:
-    """Drop notices about Lightning's and transformers' own internals."""
+    """Drop notices about the internals of Lightning, transformers, and what these import where it is installed."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
