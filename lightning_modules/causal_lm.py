@@ -120,7 +120,7 @@ class CausalLMModule(pl.LightningModule):
         output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()
-        return torch.where(learned, output.loss, output.logits.float().sum() * 0)
+        return torch.where(learned, output.loss, output.logits[..., :1, :1].float().sum() * 0)
 
     def _explain(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
         layer = first_non_finite(self.model, batch)

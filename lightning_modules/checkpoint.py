@@ -74,9 +74,10 @@ class LastCheckpoint(Checkpoint):
             named = trainer.lightning_module.named_parameters()
             broken = next((name for name, p in named if not torch.isfinite(p).all()), None)
             if broken is not None:
+                kept = f"the one of step {self._saved_step} is kept" if self.path.exists() else "none is kept"
                 raise InputError(
-                    f"{broken} is no longer finite after step {trainer.global_step}; the checkpoint of step "
-                    f"{self._saved_step} is kept. Lower optimizer.lr or module.quantizer_lr and resume."
+                    f"{broken} is no longer finite after step {trainer.global_step}, so no checkpoint is "
+                    f"written; {kept}. Lower optimizer.lr or module.quantizer_lr and resume."
                 )
             trainer.save_checkpoint(self.path)
             for logger in trainer.loggers:
@@ -89,7 +90,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        # The last step's is written here too: once Lightning has closed the epoch, its position is no longer this one.
+        last = self.save_at_end and trainer.global_step == trainer.estimated_stepping_batches
+        if last or trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

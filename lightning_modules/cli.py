@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -89,7 +90,8 @@ def _run(cfg: DictConfig) -> float:
     try:
         return _job(cfg)
     except SystemExit:
-        print(f"\nResume with: {_program()} resume={Path(cfg.paths.output_dir).resolve()}", flush=True)
+        resume = shlex.quote(f"resume={Path(cfg.paths.output_dir).resolve()}")
+        print(f"\nResume with: {_program()} {resume}", flush=True)
         raise
 
 

@@ -7,14 +7,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed."""
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _recover(path)
+    recover(path)
     temporary = _beside(path, "tmp")
     try:
         yield temporary
@@ -29,18 +30,18 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 def replaced_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path`, on failure it is removed.
 
-    A folder that stood there is moved aside first and removed last. Should the process die in between, the next call
-    puts it back.
+    A folder that stood there is moved aside first and removed last. Should the process die in between, `recover` puts
+    it back.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    _recover(path)
+    recover(path)
     temporary, previous = _beside(path, "tmp"), _beside(path, "old")
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
+        for written in (*temporary.rglob("*"), temporary):
+            _sync(written)
         if path.exists():
             os.replace(path, previous)
         try:
@@ -56,14 +57,15 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    """A hidden name next to `path` that tells which process it belongs to."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{suffix}")
+    """A hidden name next to `path` of its own, that tells which process it belongs to."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid4().hex[:8]}.{suffix}")
 
 
-def _recover(path: Path) -> None:
-    """Clear away what processes of this machine that were killed left beside `path`."""
+def recover(path: str | Path) -> None:
+    """Clear away what processes of this machine that were killed left beside `path`, and put back what they moved."""
+    path = Path(path).absolute()
     for left in path.parent.glob(glob.escape(f".{path.name}.{socket.gethostname()}.") + "*"):
-        process, suffix = left.name.rsplit(".", 2)[1:]
+        _, process, _, suffix = left.name.rsplit(".", 3)
         if suffix not in ("tmp", "old") or not process.isdigit() or _alive(int(process)):
             continue
         if suffix == "old" and not path.exists():
@@ -75,14 +77,14 @@ def _recover(path: Path) -> None:
 
 
 def _alive(process: int) -> bool:
-    """Whether another process has this number."""
+    """Whether a process has this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return process != os.getpid()
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -15,11 +15,12 @@ def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     every 4 KiB, more than the values written there, and what is freed leaves holes between what is kept. GPUs have an
     allocator that reuses memory by itself.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    # Under a dispatch mode (fake tensors, counters) nothing is kept: what it makes is no plain memory.
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.empty(shape, dtype=dtype, device=device)
     size = shape.numel() * dtype.itemsize
     buffer = getattr(_buffers, name, None)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
         setattr(_buffers, name, buffer)
     return buffer[:size].view(dtype).view(shape)

@@ -23,7 +23,7 @@ class QuantizerMonitor(Callback):
     Weights are measured after a step, activations on the batch of the step that follows.
 
     Args:
-        every_n_steps: optimizer steps between measurements; the first and the last step are always measured.
+        every_n_steps: optimizer steps between measurements; weights are measured at the first and the last step too.
         per_layer: log every layer; otherwise only the mean, and the least SQNR.
     """
 

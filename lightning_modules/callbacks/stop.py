@@ -20,7 +20,7 @@ class Stopped(Exception):
 class GracefulStop(Callback):
     """On SIGINT or SIGTERM, finishes the optimizer step, writes a checkpoint, and raises `Stopped`.
 
-    A second SIGINT stops at once, back to the last checkpoint.
+    A second signal stops at once, back to the last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class GracefulStop(Callback):
         raise Stopped(self._received, trainer.global_step)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
+        if self._received is not None:
             raise SystemExit(128 + number)
         self._received = number
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once.", flush=True)

@@ -7,6 +7,11 @@ from jinja2 import TemplateError
 from lightning_modules.data.rows import Row
 from qat.errors import InputError
 
+_REWRITTEN = (
+    "The chat template renders earlier turns differently once later ones follow, so answers cannot be found in the "
+    "whole. Split such chats into rows that end with their first answer."
+)
+
 
 class Encoded(NamedTuple):
     """Token ids of one document, and for each whether its prediction counts in the loss."""
@@ -36,23 +41,34 @@ def _whole(text: str, tokenizer: Any) -> Encoded:
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Encoded:
-    """The whole conversation, of which what follows each prompt for the assistant is learned."""
-    rendered = _render(messages, tokenizer)
-    answers: list[tuple[int, int]] = []
+    """The whole conversation, of which what follows each prompt for the assistant is learned.
+
+    Prompts and answers are tokenized apart, as they are when a model answers.
+    """
+    ids: list[int] = []
+    learned: list[bool] = []
+
+    def add(text: str, learn: bool) -> None:
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids.extend(own)
+        learned.extend([learn] * len(own))
+
+    done = ""
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = _render(messages[:turn], tokenizer, prompt=True)
-            answered = _render(messages[: turn + 1], tokenizer)
-            if not (answered.startswith(prompt) and rendered.startswith(answered)):
-                raise InputError(
-                    "The chat template renders earlier turns differently once later ones follow, so answers cannot be "
-                    "found in the whole. Split such chats into rows that end with their first answer."
-                )
-            answers.append((len(prompt), len(answered)))
-    encoded = tokenizer(rendered, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    starts = [start for start, _ in encoded["offset_mapping"]]
-    learned = [any(first <= start < last for first, last in answers) for start in starts]
-    return Encoded(list(encoded["input_ids"]), learned)
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(messages[:turn], tokenizer, prompt=True)
+        answered = _render(messages[: turn + 1], tokenizer)
+        if not (prompt.startswith(done) and answered.startswith(prompt)):
+            raise InputError(_REWRITTEN)
+        add(prompt.removeprefix(done), learn=False)
+        add(answered.removeprefix(prompt), learn=True)
+        done = answered
+    whole = _render(messages, tokenizer)
+    if not whole.startswith(done):
+        raise InputError(_REWRITTEN)
+    add(whole.removeprefix(done), learn=False)
+    return Encoded(ids, learned)
 
 
 def _messages(row: Row) -> list[dict[str, str]]:
@@ -81,7 +97,7 @@ def _checked(messages: Any) -> list[dict[str, str]]:
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, prompt: bool = False) -> str:
     if not messages:
-        return ""
+        raise InputError("A chat starts with the assistant: give it a user's or system message to answer first.")
     if not tokenizer.chat_template:
         end = tokenizer.eos_token or ""
         return "".join(f"{m['content']}{end if m['role'] == 'assistant' else chr(10)}" for m in messages)

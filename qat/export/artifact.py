@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.atomic import replaced_folder
+from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
 from qat.numerics.metrics import stored_bits
@@ -84,6 +84,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         InputError: if the folder is not an artifact, is damaged, or was written by a newer version.
     """
     folder = Path(folder)
+    recover(folder)
     config = _read_config(folder)
     if _sha256(folder / _WEIGHTS) != config["sha256"]:
         raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
@@ -103,10 +104,10 @@ def bits_per_weight(model: nn.Module) -> float:
 
     The same before `convert` and after it.
     """
-    quantized: dict[int, QuantizedTensor] = {}
+    quantized: dict[Any, QuantizedTensor] = {}
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
-            quantized[id(layer.weight)] = layer.weight.quantized()
+            quantized[layer.weight.codes.data_ptr()] = layer.weight.quantized()
         elif isinstance(layer, QuantLinear) and isinstance(layer.weight_quantizer, Quantizer):
             quantized[id(layer.weight)] = layer.weight_quantizer.quantize(layer.weight)
     if not quantized:

@@ -1,5 +1,6 @@
 """A linear layer with a fake-quantized weight that keeps codes, not a second weight, for its backward pass."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,12 +31,17 @@ def fake_quantized_linear(
     Returns:
         y `[..., out]`, in the dtype of x, or of autocast where that is on.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if bias is None else bias.to(x.dtype)
-    groups = weight.numel() // granularity.view(weight).shape[1]
-    grid = ops.grid_of(qparams, format, groups)
+    dtype = compute_dtype(x)
+    if dtype != x.dtype:
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
     return _FakeQuantizedLinear.apply(x, weight, bias, granularity, *grid)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with `x`: its own, or that of autocast, which leaves float64 alone."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 class _FakeQuantizedLinear(torch.autograd.Function):
@@ -58,12 +64,13 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, codes, *params = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need_params, _ = ctx.needs_input_grad
-        dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        dbias = rows.sum(0) if need_bias else None
         w_hat = _room_for(codes, dy.dtype) if need_x else None
         found: tuple[Tensor | None, ...] = (None,) * 4
         if need_weight or any(need_params):
             view = ctx.granularity.view
-            dw_hat = dy.flatten(0, -2).T @ x.flatten(0, -2)
+            dw_hat = rows.T @ x.reshape(-1, x.shape[-1])
             needs = (need_weight, *need_params)
             found = ops.gradients_(view(dw_hat), view(weight), codes, w_hat, needs, *params, ctx.format)
         elif w_hat is not None:

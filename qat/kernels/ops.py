@@ -27,7 +27,7 @@ def _operator(schema: str, reference: Callable[..., Any], fake: Callable[..., An
     """
     name, _, signature = schema.partition("(")
     torch.library.define(f"qat::{name}", f"({signature}", tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(f"qat::{name}", "default")(reference)
+    torch.library.impl(f"qat::{name}", "default")(torch.no_grad()(reference))
     torch.library.register_fake(f"qat::{name}", fake)
     operator: torch._ops.OpOverload = getattr(torch.ops.qat, name).default
     return operator
@@ -47,7 +47,7 @@ def _dequantize_reference(codes: Tensor, out: Tensor, *grid: Any) -> None:
 
 
 def _fake_quantize_reference(x: Tensor, *grid: Any) -> Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     reference.dequantize(reference.quantize(x, *_grid(grid)), out, *_grid(grid))
     return out
 
@@ -77,7 +77,7 @@ dequantize_view_ = _operator(
     f"dequantize_(Tensor codes, Tensor(a!) out, {_GRID}) -> ()", _dequantize_reference, lambda codes, out, *grid: None
 )
 _fake_quantize_view = _operator(
-    f"fake_quantize(Tensor x, {_GRID}) -> Tensor", _fake_quantize_reference, lambda x, *grid: torch.empty_like(x)
+    f"fake_quantize(Tensor x, {_GRID}) -> Tensor", _fake_quantize_reference, lambda x, *grid: x.new_empty(x.shape)
 )
 _fake_quantize_backward_ = _operator(
     "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor codes, Tensor(b!)? x_hat, bool[] needs, "
@@ -93,6 +93,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("qat::fake_quantize has no second derivative; that of qat.numerics.functional has.")
     x, *params = ctx.saved_tensors
     codes = quantize_view(x, *params, ctx.format)
     return (*gradients_(grad.clone(), x, codes, None, ctx.needs_input_grad[:4], *params, ctx.format), None)
@@ -136,7 +138,7 @@ def grid_of(qparams: QParams, format: Format, groups: int) -> tuple[Any, ...]:
 def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
     """Quantize and dequantize `x` of any shape; differentiable, saves nothing beyond x and the qparams.
 
-    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient.
+    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient, for finite x.
     """
     view = granularity.view(x)
     grid = grid_of(qparams, format, len(view))

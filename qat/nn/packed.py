@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.kernels.linear import compute_dtype
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
@@ -78,8 +79,8 @@ class PackedTensor(nn.Module):
 class PackedLinear(nn.Module):
     """y = output_quantizer(input_quantizer(x) @ dequantize(weight)^T + b), for inference.
 
-    Computes in the dtype of the weight that was quantized, or in autocast's; the same bits as the QuantLinear it came
-    from wherever the matrix product is the same.
+    Computes in the dtype of x, or in autocast's; the same bits as the QuantLinear it came from wherever the matrix
+    product is the same.
     """
 
     bias: Tensor | None
@@ -100,9 +101,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.input_quantizer(input)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        weight = self.weight.dequantize(torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
-        return self.output_quantizer(F.linear(x, weight, self.bias))
+        return self.output_quantizer(F.linear(x, self.weight.dequantize(compute_dtype(x)), self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

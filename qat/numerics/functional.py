@@ -48,7 +48,8 @@ def absmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     Symmetric min-max quantization as in LLM-QAT (arXiv 2305.17888); with a codebook format, block-wise absmax as in
     QLoRA (arXiv 2305.14314).
     """
-    absmax = torch.maximum(view.amax(1, keepdim=True), -view.amin(1, keepdim=True)).to(torch.float32)
+    smallest, largest = _extremes(view)
+    absmax = torch.maximum(largest, -smallest)
     return ViewParams(round_up_to_storage(absmax / format.range()[1], scale_dtype))
 
 
@@ -56,10 +57,17 @@ def absmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
 def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> ViewParams:
     """Asymmetric scale and integer zero point of each group; zero itself stays on the grid."""
     low, high = format.range()
-    smallest = view.amin(1, keepdim=True).to(torch.float32).clamp(max=0)
-    largest = view.amax(1, keepdim=True).to(torch.float32).clamp(min=0)
+    smallest, largest = _extremes(view)
+    smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
     scale = round_up_to_storage((largest - smallest) / (high - low), scale_dtype)
     return ViewParams(scale, (low - smallest / scale).round().clamp_(low, high))
+
+
+def _extremes(view: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest element of each group in float32 `[groups, 1]`; zeros where groups are empty."""
+    if view.numel() == 0:
+        return (torch.zeros(len(view), 1, device=view.device),) * 2
+    return view.amin(1, keepdim=True).to(torch.float32), view.amax(1, keepdim=True).to(torch.float32)
 
 
 DYNAMIC_RULES = {"absmax": absmax_params, "minmax": minmax_params}

@@ -31,7 +31,17 @@ def round_up_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
     not clipped and keeps its gradient.
     """
     info = torch.finfo(dtype)
+    least = smallest_scale(dtype)
     nearest = value.to(dtype)
-    above = (value * (1 + info.eps / 2)).to(dtype)
+    above = torch.maximum(value * (1 + info.eps / 2), value + least / 2).to(dtype)
     rounded = torch.where(nearest.to(torch.float32) < value, above, nearest)
-    return rounded.clamp(min=info.tiny, max=info.max).to(torch.float32)
+    return rounded.clamp(min=least, max=info.max).to(torch.float32)
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The least scale that is stored: the smallest normal number, of float16 the smallest of all.
+
+    Weights need scales below float16's normal numbers (6e-5); those below bfloat16's (1e-38) belong to groups of zeros.
+    """
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps if dtype == torch.float16 else info.tiny

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from qat.numerics.ste import smallest_scale
+
 
 def from_log_scale(log_scale: Tensor) -> Tensor:
     """scale = 2^log_scale."""
@@ -10,5 +12,5 @@ def from_log_scale(log_scale: Tensor) -> Tensor:
 
 
 def log_scale_of(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """log2(scale), with scales too small for `dtype` (groups of zeros) raised to its smallest normal number."""
-    return torch.log2(scale.clamp(min=2 * torch.finfo(dtype).tiny))
+    """log2(scale), with scales too small for `dtype` (groups of zeros) raised to what it can store."""
+    return torch.log2(scale.clamp(min=2 * smallest_scale(dtype)))

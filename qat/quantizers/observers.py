@@ -34,15 +34,23 @@ class MinMaxObserver(Observer):
 
 
 class SampleObserver(Observer):
-    """Keeps evenly spaced elements of every batch, at most `per_batch` a group: enough to fit scales and codebooks."""
+    """Keeps about `per_batch` random elements of each group of every batch, and its extremes: enough to fit to.
+
+    Random, because evenly spaced ones of a flattened `[tokens, features]` can be those of a few features only.
+    """
 
     def __init__(self, per_batch: int = 4096) -> None:
         self.per_batch = per_batch
         self._samples: list[Tensor] = []
 
     def update(self, view: Tensor) -> None:
-        stride = max(1, view.shape[1] // self.per_batch)
-        self._samples.append(view[:, ::stride].float().clone())
+        size = view.shape[1]
+        if size > self.per_batch:
+            generator = torch.Generator().manual_seed(len(self._samples))
+            chosen = torch.randint(size, (self.per_batch,), generator=generator).to(view.device)
+            low, high = torch.aminmax(view, dim=1, keepdim=True)
+            view = torch.cat([view[:, chosen], low, high], dim=1)
+        self._samples.append(view.float().clone())
 
     def summary(self) -> Tensor | None:
         return torch.cat(self._samples, dim=1) if self._samples else None

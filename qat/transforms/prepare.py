@@ -22,7 +22,8 @@ def _silent(done: int, total: int) -> None:
 def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress: Progress = _silent) -> nn.Module:
     """Replace the linear layers of `model` by QuantLinear as `scheme` says, in place.
 
-    The Parameters stay the same objects. A Parameter that several layers share gets one weight quantizer, shared too.
+    The Parameters of nn.Linear stay the same objects; GPT-2's Conv1D gets transposed ones first. A Parameter that
+    several layers share gets one weight quantizer, shared too.
     Static activation quantizers still need `calibrate`.
 
     Args:
@@ -46,13 +47,17 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
     for name, rule in assigned.items():
         if not rule.packs:
             raise InputError(f"{name} would get activation quantizers but no weight quantizer: give its rule a weight.")
+    swapped: dict[str, QuantLinear] = {}
     for done, (name, rule) in enumerate(assigned.items(), 1):
         linear = linears[name]
         key = id(linear.weight)
         if key not in shared:
             shared[key] = _weight_quantizer(name, linear, rule, initialize)
-        replace(model, name, _quant_linear(name, linear, rule, shared[key]))
+        swapped[name] = _quant_linear(name, linear, rule, shared[key])
         progress(done, len(assigned))
+    # Only now, so that a scheme that is refused leaves the model as it was.
+    for name, layer in swapped.items():
+        replace(model, name, layer)
     return model
 
 
@@ -62,13 +67,15 @@ def convert(model: nn.Module) -> nn.Module:
     Layers that share a weight share its packed codes. The full-precision weights are released.
 
     Raises:
-        InputError: if a layer has no weight quantizer, or a static quantizer was never calibrated.
+        InputError: if a layer has no weight quantizer, holds NaN, or has a static one that was never calibrated.
     """
     packed: dict[int, PackedTensor] = {}
     for name, layer in list(quant_linears(model)):
         if isinstance(layer.weight_quantizer, NoQuantizer):
             raise InputError(f"{name} has no weight quantizer, so there is nothing to pack; give the scheme a weight.")
         key = id(layer.weight)
+        if not torch.isfinite(layer.weight).all():
+            raise InputError(f"The weight of {name} holds NaN or infinity, which no grid holds: training diverged.")
         if key not in packed:
             packed[key] = PackedTensor.from_quantized(layer.weight_quantizer.quantize(layer.weight))
         stored = PackedLinear(

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import qat
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import GridContractError, check_logits
+from qat.quantizers import MinMaxQuantizer
 from tests.conftest import tiny_llama
 from tests.transforms.test_prepare import SCHEMES, prepared, tokens
 
@@ -29,6 +31,19 @@ def test_bits_per_weight_are_what_lies_on_disk(artifact):
     weights = sum(m.weight.shape.numel() for m in model.modules() if isinstance(m, qat.nn.PackedLinear))
     assert bits_per_weight(model) == stored / weights == 3.5
     assert bits_per_weight(prepared(SCHEMES["lsq"])) == 3.5
+
+
+def test_shared_weights_count_once_after_loading_too(tmp_path):
+    def net():
+        first, second, third = (nn.Linear(64, 64, bias=False) for _ in range(3))
+        second.weight = first.weight
+        return nn.Sequential(first, second, third)
+
+    rules = {"last": qat.Rule("2", weight=partial(MinMaxQuantizer, bits=2))}
+    model = qat.prepare(net(), qat.Scheme(weight=partial(MinMaxQuantizer, bits=8), rules=rules))
+    before = bits_per_weight(model)
+    loaded = qat.load(qat.save(qat.convert(model), tmp_path / "net"), net())
+    assert before == bits_per_weight(model) == bits_per_weight(loaded) == (8 + 2) / 2 + 16 / 64
 
 
 def test_loading_needs_neither_hydra_nor_lightning(artifact):

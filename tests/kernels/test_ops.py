@@ -9,6 +9,7 @@ from qat.numerics import functional
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams
+from qat.scratch import scratch
 
 CASES = [
     ("int3", "per_group_16"),
@@ -18,6 +19,7 @@ CASES = [
     ("codebook8", "per_channel"),
     ("codebook16", "per_group_16"),
     ("codebook3", "per_tensor"),
+    ("int4", "per_flat_group_100"),
 ]
 LARGE = (520, 1040)  # more than one cache-sized piece, and no multiple of it
 
@@ -83,8 +85,62 @@ def test_autocast_computes_in_its_dtype():
         expected = F.linear(x, functional.fake_quantize(weight, qparams, format, granularity))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
-    y.sum().backward()
-    assert weight.grad.dtype == torch.float32
+    leaves = [weight, *(field for field in qparams if field is not None)]
+    for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.allclose(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+def test_autocast_leaves_doubles_alone():
+    weight, qparams, format, granularity = case("int4", "per_group_16", (24, 48))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fake_quantized_linear(torch.randn(3, 48).double(), weight.double(), None, qparams, format, granularity)
+    assert y.dtype == torch.float64
+
+
+def test_a_single_vector_goes_through_both_passes():
+    weight, qparams, format, granularity = case("int4", "per_group_16", (24, 48))
+    x = torch.randn(48, requires_grad=True)
+    fused = fake_quantized_linear(x, weight, None, qparams, format, granularity)
+    parts = F.linear(x, functional.fake_quantize(weight, qparams, format, granularity))
+    for a, b in zip(
+        torch.autograd.grad(fused.sum(), [x, weight]), torch.autograd.grad(parts.sum(), [x, weight]), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_codebook_shared_by_the_columns_of_a_tensor():
+    x, qparams, format, _ = case("codebook8", "per_tensor", (6, 8))
+    qparams = qparams._replace(scale=torch.rand(1, 8) + 0.5)
+    columns = parse_granularity("per_channel_-1")
+    assert torch.equal(
+        ops.fake_quantize(x, qparams, format, columns), functional.fake_quantize(x, qparams, format, columns)
+    )
+
+
+def test_no_tokens_are_no_mistake():
+    x, qparams, format, granularity = case("int4", "per_channel_-1", (6, 8))
+    assert ops.fake_quantize(x[:0], qparams, format, granularity).shape == (0, 8)
+
+
+def test_operators_take_tensors_that_are_trained():
+    x, qparams, format, granularity = case("uint4", "per_channel", (24, 48))
+    assert not ops.quantize(x, qparams, format, granularity).requires_grad
+    y = ops.fake_quantize(x, qparams, format, granularity)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_fake_tensors_leave_no_trace_in_scratch_memory():
+    from torch._subclasses import FakeTensorMode
+
+    weight, qparams, format, granularity = case("int4", "per_group_16", (24, 48))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake_quantized_linear(torch.randn(3, 48), weight, None, qparams, format, granularity)
+    with torch.device("meta"):
+        assert scratch("fresh", torch.Size([4]), torch.float32, torch.device("cpu")).device.type == "cpu"
+    y = fake_quantized_linear(torch.randn(3, 48), weight, None, qparams, format, granularity)
+    assert type(y) is torch.Tensor
 
 
 def test_operators_are_well_formed():

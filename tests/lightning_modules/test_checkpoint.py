@@ -48,13 +48,13 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 def leave_behind(path, suffix):
     """What a process that was killed while writing leaves: its number is above the highest that Linux gives."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{2**22 + 1}.{suffix}")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{2**22 + 1}.0123abcd.{suffix}")
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     path = tmp_path / "file"
     leave_behind(path, "tmp").write_text("half")
-    living = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getppid()}.tmp")
+    living = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getppid()}.0123abcd.tmp")
     living.touch()
     with replaced_file(path) as temporary:
         temporary.write_text("new")
@@ -68,6 +68,16 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
     with pytest.raises(RuntimeError):
         half_written_folder(path)
     assert [p.name for p in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_process_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file"
+    with replaced_file(path) as first:
+        first.write_text("first")
+        with replaced_file(path) as second:
+            second.write_text("second")
+    assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 
 

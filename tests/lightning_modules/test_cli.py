@@ -190,10 +190,16 @@ def test_a_run_is_resumed_from_anywhere(shell, text_file):
     assert json.loads((run / "results.json").read_text())["rows"][-1]["step"] == 3
 
 
-def test_a_finished_run_goes_on_and_is_measured_again(shell):
-    shell.run("trainer.max_steps=4", "hydra.run.dir=run")
+def test_a_finished_run_goes_on_and_is_measured_again(shell, text_file):
+    """In the middle of an epoch, with a constant rate, it ends where a run of all steps ends."""
+    (shell.folder / "short.txt").write_text(text_file.read_text()[:2000])
+    steady = ["scheduler=constant", "data.path=short.txt", "data.batch_size=8"]
+    shell.run(*steady, "trainer.max_steps=8", "hydra.run.dir=whole")
+    shell.run(*steady, "trainer.max_steps=4", "hydra.run.dir=run")
     before = shell.rows("run")
     shell.run("resume=run", "trainer.max_steps=8", defaults=False)
+    whole, extended = weights(shell.folder / "whole"), weights(shell.folder / "run")
+    assert all(torch.equal(whole[name], extended[name]) for name in whole)
     after = shell.rows("run")
     assert after["rounded to nearest"] == before["rounded to nearest"]
     assert after["converted, saved, loaded"]["step"] == 8

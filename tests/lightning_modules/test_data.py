@@ -87,6 +87,11 @@ def test_a_chat_is_the_whole_template_and_system_turns_are_read_only():
     messages.append({"role": "assistant", "content": "one"})
     ids, learned = encode_row({"messages": messages}, tokenizer)
     assert tokenizer.decode(ids) == "[system]be brief[user]a?[assistant]one<|end|>"
+    messages[-1]["content"] = "  one"
+    ids, learned = encode_row({"messages": messages}, tokenizer)
+    assert tokenizer.decode([i for i, learn in zip(ids, learned, strict=True) if learn]) == "  one<|end|>"
+    messages[-1]["content"] = "one"
+    ids, learned = encode_row({"messages": messages}, tokenizer)
     assert sum(learned) == len("one") + 1
 
 
@@ -103,12 +108,13 @@ TWO_TURNS = [{"role": role, "content": role} for role in ("user", "assistant", "
     [
         (REWRITES, TWO_TURNS, "renders earlier turns differently"),
         (REFUSES, TWO_TURNS, "refuses a chat: roles must alternate"),
+        (None, TWO_TURNS[1:2], "starts with the assistant"),
         (None, [], "where a message belongs"),
         (None, "hello", "where a message belongs"),
         (None, ["hello"], "'hello' where a message belongs"),
         (None, [{"role": "user"}], "give each one a 'role' and a 'content'"),
     ],
-    ids=["rewrites", "refuses", "empty", "text", "strings", "no content"],
+    ids=["rewrites", "refuses", "assistant first", "empty", "text", "strings", "no content"],
 )
 def test_chats_that_cannot_be_encoded_are_refused(template, messages, message):
     tokenizer = tiny_tokenizer()

@@ -167,3 +167,23 @@ def test_codebooks_of_any_size():
     assert quantizer.format.name == "codebook3"
     assert q.codes.unique().tolist() == [0, 1, 2]
     assert torch.equal(quantizer(x), q.dequantize())
+
+
+@pytest.mark.parametrize("make", [MinMaxQuantizer, LSQQuantizer])
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
+def test_small_weights_have_scales_in_every_storage_type(make, scale_dtype):
+    x = torch.randn(64, 64) * 5e-4
+    quantizer = make(x.shape, bits=8, scale_dtype=scale_dtype)
+    quantizer.initialize(x)
+    assert sqnr(x, quantizer(x)) > 40
+
+
+@pytest.mark.parametrize("rows", [10, 7])
+def test_flat_groups_of_any_size_train(rows):
+    quantizer = NF4Quantizer((rows, 10), granularity="per_flat_group_64")
+    weight = torch.randn(rows, 10, requires_grad=True)
+    x = torch.randn(3, 10)
+    y = quantizer.linear(x, weight, None)
+    assert torch.equal(y, x @ quantizer(weight).T)
+    y.sum().backward()
+    assert weight.grad.shape == weight.shape

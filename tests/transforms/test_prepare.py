@@ -8,6 +8,7 @@ import qat
 from qat.errors import InputError
 from qat.nn import PackedLinear
 from qat.numerics.formats import IntFormat
+from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QParams
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NF4Quantizer, Quantizer
 from qat.transforms import quant_linears, uncalibrated
@@ -103,6 +104,31 @@ def test_only_what_the_rules_say():
 def test_bad_schemes_name_the_mend(scheme, message):
     with pytest.raises(InputError, match=message):
         qat.prepare(tiny_llama(), scheme)
+
+
+def test_a_refused_scheme_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64))
+    with pytest.raises(InputError, match="does not divide 60"):
+        qat.prepare(model, qat.Scheme(weight=partial(LSQ3, granularity="per_group_64")))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def test_a_weight_that_is_no_number_is_not_packed():
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 8)), SCHEMES["lsq"])
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="weight of 0 holds NaN"):
+        qat.convert(model)
+
+
+def test_calibration_sees_every_feature():
+    """One feature in 576 is fifty times as large, and a learned scale has to know it."""
+    x = torch.randn(1, 256, 576)
+    x[..., 17] *= 50
+    learned = partial(LSQQuantizer, bits=8, granularity="per_tensor")
+    model = qat.prepare(nn.Sequential(nn.Linear(576, 8)), qat.Scheme(weight=LSQ3, input=learned))
+    qat.calibrate(model, [x])
+    with torch.no_grad():
+        assert sqnr(x, model[0].input_quantizer(x)) > 17
 
 
 def test_preparing_twice_is_refused():

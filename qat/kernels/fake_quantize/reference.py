@@ -139,7 +139,7 @@ def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ..
     tables = 1 if params[0].codebook is None else len(params[0].codebook)
     # A block holds whole codebook rows, unless all groups share a single one.
     unit = 1 if tables == 1 else groups // tables
-    step = max(1, most // (unit * elements)) * unit
+    step = max(1, most // max(1, unit * elements)) * unit
     own = zip(*(_split(p, step, groups) for p in params), strict=False)
     return zip(own, zip(*(tensor.split(step) for tensor in tensors), strict=True), strict=False)
 
