@@ -128,7 +128,7 @@ def test_calibration_sees_every_feature():
     model = qat.prepare(nn.Sequential(nn.Linear(576, 8)), qat.Scheme(weight=LSQ3, input=learned))
     qat.calibrate(model, [x])
     with torch.no_grad():
-        assert sqnr(x, model[0].input_quantizer(x)) > 17
+        assert sqnr(x, model[0].input_quantizer(x)) > 15
 
 
 def test_preparing_twice_is_refused():
