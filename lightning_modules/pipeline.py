@@ -7,8 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
-from pytorch_lightning.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
+from pytorch_lightning.loggers import Logger, WandbLogger
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Job:
     """One run: the parts that the configuration chose, and the steps that they go through."""
 
     def __init__(self, cfg: DictConfig) -> None:
+        _check(cfg)
         pl.seed_everything(cfg.seed, verbose=False)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -42,11 +44,12 @@ class Job:
         self.folder = Path(cfg.paths.output_dir)
         self.loaded: LoadedModel = instantiate(cfg.model)
         self.data: pl.LightningDataModule = instantiate(cfg.data, tokenizer=self.loaded.tokenizer)
+        _check_fit(self.loaded, cfg.data.sequence_length)
         self.data.setup()
         self.module: CausalLMModule = instantiate(cfg.module, model=self.loaded.model)
         self.trainer: pl.Trainer = instantiate(
             cfg.trainer,
-            callbacks=list(instantiate(cfg.callbacks).values()),
+            callbacks=_callbacks(cfg),
             logger=_loggers(cfg),
         )
         if self.trainer.world_size > 1:
@@ -67,6 +70,17 @@ class Job:
         Returns:
             The rows of the report by name.
         """
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+        try:
+            return self._run()
+        finally:
+            if any(isinstance(logger, WandbLogger) for logger in self.trainer.loggers):
+                import wandb
+
+                wandb.finish()  # or the next job of a sweep would write into this one's run
+
+    def _run(self) -> dict[str, dict[str, Any]]:
         sizes = [(p.numel(), p.element_size()) for p in self.model.parameters()]
         self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
         self._measure(FULL, sum(count * width for count, width in sizes))
@@ -97,6 +111,8 @@ class Job:
         else:
             bits = 8.0 * next(model.parameters()).element_size()
         self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
+        if "val/perplexity" not in self.trainer.callback_metrics:
+            raise InputError("Nothing was evaluated: set trainer.limit_val_batches to 1.0 or a number of batches.")
         perplexity = float(self.trainer.callback_metrics["val/perplexity"])
         mib = None if size is None else size / _MIB
         self.report.add(row, step=step, perplexity=perplexity, bits_per_weight=bits, mib=mib)
@@ -156,3 +172,29 @@ def _loggers(cfg: DictConfig) -> list[Logger]:
     """The chosen logger, and always the CSV that the picture is drawn from."""
     chosen = instantiate(cfg.logger)
     return [chosen] if isinstance(chosen, CSVLogger) else [chosen, CSVLogger(cfg.paths.output_dir, cfg.resumed)]
+
+
+def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    """The chosen callbacks; one that is set to null is left out."""
+    chosen = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
+    return [c for c in chosen if cfg.trainer.enable_progress_bar or not isinstance(c, LightningProgressBar)]
+
+
+def _check(cfg: DictConfig) -> None:
+    """Refuse numbers that torch and Lightning would fail on without naming the option."""
+    least = {"seed": 0, "threads": 1, "calibration_batches": 1, "trainer.accumulate_grad_batches": 1}
+    for key, lowest in least.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (not isinstance(value, int) or value < lowest):
+            raise InputError(f"{key} is {value}; it is a whole number from {lowest} on.")
+
+
+def _check_fit(loaded: LoadedModel, sequence_length: int) -> None:
+    """Refuse windows and tokens that the model has no embedding for."""
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise InputError(f"The model knows {positions} positions: set data.sequence_length to at most {positions}.")
+    highest = max(loaded.tokenizer.get_vocab().values())
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise InputError(f"The tokenizer has a token {highest}, the model only {rows} of them: they do not fit.")

@@ -9,6 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qat.errors import InputError
 from qat.numerics.metrics import clipped_share, code_use, sqnr
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
@@ -28,6 +29,8 @@ class QuantizerMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int = 20, per_layer: bool = True) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"callbacks.monitor.every_n_steps is {every_n_steps}; it starts at 1.")
         self.every_n_steps, self.per_layer = every_n_steps, per_layer
         self._measured: dict[str, int] = {}
         self._hooks: list[RemovableHandle] = []

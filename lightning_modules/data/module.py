@@ -47,9 +47,10 @@ class CausalLMDataModule(pl.LightningDataModule):
         super().__init__()
         if sequence_length < 2:
             raise InputError(f"data.sequence_length is {sequence_length}; a window needs at least 2 tokens.")
-        for name, size in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if size < 1:
-                raise InputError(f"data.{name} is {size}; a batch needs at least 1 window.")
+        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "val_windows": val_windows}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"data.{name} is {size}; it starts at 1.")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.batch_size, self.val_batch_size, self.val_windows = batch_size, val_batch_size, val_windows

@@ -27,7 +27,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
-    """Write a converted `model` to `folder`, completely or not at all; whatever stood there is replaced.
+    """Write a converted `model` to `folder`, completely or not at all; an artifact that stood there is replaced.
 
     A transformers model brings its `config.json` and generation settings, and the folder is all that `load` needs. For
     another model, `load` takes the unquantized architecture as an argument.
@@ -41,11 +41,14 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         The folder.
 
     Raises:
-        InputError: if the model holds no PackedLinear, or the weights cannot be written.
+        InputError: if the model holds no PackedLinear, the folder holds anything but an artifact, or the weights
+            cannot be written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     if not layers:
         raise InputError("Nothing to save: the model has no PackedLinear. Call qat.convert(model) first.")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / _CONFIG).is_file():
+        raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
     with replaced_folder(folder) as temporary:
         parts: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer]

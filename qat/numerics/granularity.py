@@ -61,6 +61,8 @@ class PerChannel(Granularity):
         return "per_channel" if self.axis == 0 else f"per_channel_{self.axis}"
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
+        if not -len(shape) <= self.axis < len(shape):
+            raise InputError(f"{self}: a tensor of shape {list(shape)} has no dimension {self.axis}.")
         sizes = [1] * len(shape)
         sizes[self.axis] = shape[self.axis]
         return tuple(sizes)

@@ -8,7 +8,7 @@ from torch import nn
 
 from qat.errors import InputError
 from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
-from qat.numerics.granularity import PerChannel, PerTensor
+from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.rules import Rule, Scheme
 
@@ -39,6 +39,8 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
     """
     _conv1d_to_linear(model)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if "" in linears:
+        raise InputError("A lone nn.Linear cannot be replaced in place: wrap it, torch.nn.Sequential(layer).")
     if not linears:
         raise InputError("The model has no linear layer left to quantize; was it prepared already?")
     shared: dict[int, Quantizer | NoQuantizer] = {}
@@ -70,7 +72,10 @@ def convert(model: nn.Module) -> nn.Module:
         InputError: if a layer has no weight quantizer, holds NaN, or has a static one that was never calibrated.
     """
     packed: dict[int, PackedTensor] = {}
-    for name, layer in list(quant_linears(model)):
+    layers = list(quant_linears(model))
+    if not layers:
+        raise InputError("Nothing to convert: the model has no QuantLinear. Call qat.prepare(model, scheme) first.")
+    for name, layer in layers:
         if isinstance(layer.weight_quantizer, NoQuantizer):
             raise InputError(f"{name} has no weight quantizer, so there is nothing to pack; give the scheme a weight.")
         key = id(layer.weight)
@@ -132,9 +137,19 @@ def _activation(factory: Callable[..., nn.Module], features: int, name: str, rol
                 f"{name}, {role}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
                 "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
             )
+    if isinstance(quantizer, Quantizer) and not _suits_activations(quantizer.granularity):
+        raise InputError(
+            f"{name}, {role}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
+            "take per_token, per_tensor, per_channel_-1 or per_group_N."
+        )
     if isinstance(quantizer, Quantizer) and quantizer.initialized:
         _in_context(lambda: StoredActivation.from_quantizer(quantizer), f"{name}, {role}")
     return quantizer
+
+
+def _suits_activations(granularity: Granularity) -> bool:
+    """Whether its groups lie within a token, or hold everything, or a feature of all tokens."""
+    return isinstance(granularity, PerToken | PerTensor | PerGroup) or granularity == PerChannel(-1)
 
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:

@@ -84,6 +84,13 @@ def test_an_interrupted_save_leaves_the_old_artifact(artifact, monkeypatch):
     assert not list(artifact.parent.glob(".*"))
 
 
+def test_saving_spares_a_folder_of_other_files(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="holds other files"):
+        qat.save(qat.convert(prepared(SCHEMES["lsq"])), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
 def test_an_unconverted_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"Call qat.convert"):
         qat.save(tiny_llama(), tmp_path)

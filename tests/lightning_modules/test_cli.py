@@ -101,20 +101,39 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         ["scheme=w4a8", "quantizer@scheme.weight=kmeans", "scheme.weight.bits=3"],
         ["scheme=w4a8", "quantizer@scheme.input=minmax_static", "trainer.precision=bf16-mixed"],
         ["quantizer@scheme.weight=nf4_double", "scheme.weight.bits=4", "trainer.precision=bf16-true"],
-        ["method=ptq", "quantizer@scheme.weight=lsq_plus"],
+        ["quantizer@scheme.weight=lsq_plus"],
         ["method=fp", "trainer.accumulate_grad_batches=2"],
-        ["logger=wandb", "logger.offline=true"],
+        ["trainer.enable_progress_bar=false", "callbacks.monitor=null", "trainer.max_epochs=1", "trainer.max_steps=-1"],
         ["logger=tensorboard"],
         ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
     ],
-    ids=["w4a8 kmeans", "static bf16-mixed", "nf4 bf16-true", "ptq", "fp", "wandb", "tensorboard", "checkpointing"],
+    ids=[
+        "w4a8 kmeans",
+        "static bf16-mixed",
+        "nf4 bf16-true",
+        "lsq_plus",
+        "fp",
+        "epochs",
+        "tensorboard",
+        "checkpointing",
+    ],
 )
 def test_methods_schemes_and_precisions(shell, arguments):
     shell.run("debug=fast", *arguments)
 
 
+def test_rounding_does_not_train(shell):
+    shell.run("method=ptq", "hydra.run.dir=run")
+    assert list(shell.rows("run")) == ["full precision", "rounded to nearest", "converted, saved, loaded"]
+    assert all(row["step"] == 0 for row in shell.rows("run").values())
+
+
 def test_a_sweep_runs_every_value(shell):
-    shell.run("debug=fast", "scheme.weight.bits=2,4", "hydra.sweep.dir=sweep", sweep=True)
+    offline = ["logger=wandb", "logger.offline=true"]
+    shell.run("debug=fast", "scheme.weight.bits=2,4", *offline, "hydra.sweep.dir=sweep", sweep=True)
+    for job in "01":
+        (own,) = (shell.folder / "sweep" / job / "wandb").glob("offline-run-*")
+        assert own.is_dir()
     assert shell.rows("sweep/0")["converted, saved, loaded"]["bits_per_weight"] == 2.5
     assert shell.rows("sweep/1")["converted, saved, loaded"]["bits_per_weight"] == 4.5
 
@@ -219,10 +238,20 @@ MISTAKES = [
     (["scheme.exclude=*"], "excludes every linear layer"),
     (["data.path=empty.txt"], "is empty"),
     (["data.path=missing.txt"], "no text at"),
-    (["data.sequence_length=100000"], "less than one window"),
     (["data.batch_size=0"], "data.batch_size is 0"),
     (["optimizer.lr=-1"], "refused an option: Invalid learning rate"),
     (["optimizer.lr=abc"], "refused an option"),
+    (["data.batch_size=abc"], "The options of 'data' were refused: TypeError"),
+    (["data.val_windows=0"], "data.val_windows is 0"),
+    (["data.sequence_length=65"], "set data.sequence_length to at most 64"),
+    (["trainer.limit_val_batches=0"], "Nothing was evaluated"),
+    (["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0"),
+    (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps is 0"),
+    (["callbacks.monitor.every_n_steps=0"], "every_n_steps is 0"),
+    (["threads=abc"], "threads is abc"),
+    (["seed=-1"], "seed is -1"),
+    (["model.dtype=float23"], "Did you mean 'float32'"),
+    (["scheme.weight.granularity=per_channel_5"], "has no dimension 5"),
     (["trainer.devices=2"], "set trainer.devices=1"),
     (["model.name=no/such-model"], "Cannot load the model"),
     (["transforms=none", "quantizer@scheme.input=minmax_static"], "static but nothing calibrated it"),

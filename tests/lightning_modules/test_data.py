@@ -139,7 +139,7 @@ def test_a_stream_has_one_reader(tmp_path):
 
 @pytest.mark.parametrize("name", ["batch_size", "val_batch_size"])
 def test_empty_batches_are_refused(text_file, tmp_path, name):
-    with pytest.raises(InputError, match=f"data.{name} is 0"):
+    with pytest.raises(InputError, match=f"data.{name} is 0; it starts at 1"):
         module(text_file, tmp_path, **{name: 0})
 
 

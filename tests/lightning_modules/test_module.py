@@ -107,6 +107,14 @@ def test_the_remaining_time_is_that_of_the_run(monkeypatch, capsys):
     assert "training 10/40  loss 1.000  60 s left" in capsys.readouterr().out
 
 
+def test_an_evaluation_with_nothing_to_learn_is_refused():
+    module = CausalLMModule(tiny_llama(), torch.optim.AdamW)
+    module.on_validation_epoch_start()
+    module.all_gather = lambda tensor: tensor
+    with pytest.raises(InputError, match="hold no answer"):
+        module.on_validation_epoch_end()
+
+
 def test_a_batch_with_nothing_to_learn_teaches_nothing():
     model = tiny_llama()
     module = CausalLMModule(model, torch.optim.AdamW)

@@ -131,6 +131,15 @@ def test_calibration_sees_every_feature():
         assert sqnr(x, model[0].input_quantizer(x)) > 15
 
 
+def test_what_cannot_be_swapped_is_refused():
+    with pytest.raises(InputError, match="wrap it"):
+        qat.prepare(nn.Linear(64, 64), SCHEMES["lsq"])
+    with pytest.raises(InputError, match=r"Call qat.prepare"):
+        qat.convert(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(InputError, match="would group different texts"):
+        qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=partial(MinMaxQuantizer, granularity="per_channel")))
+
+
 def test_preparing_twice_is_refused():
     with pytest.raises(InputError, match="prepared already"):
         qat.prepare(qat.prepare(nn.Sequential(nn.Linear(64, 64)), SCHEMES["lsq"]), SCHEMES["lsq"])
