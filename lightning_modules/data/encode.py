@@ -76,9 +76,7 @@ def _messages(row: Row) -> list[dict[str, str]]:
         return _checked(row["messages"])
     if "instruction" in row and "response" in row:
         question = "\n\n".join(str(part) for part in (row["instruction"], row.get("input")) if part)
-        return _checked(
-            [{"role": "user", "content": question}, {"role": "assistant", "content": row["response"]}],
-        )
+        return _checked([{"role": "user", "content": question}, {"role": "assistant", "content": row["response"]}])
     raise InputError(
         f"A row has the columns {', '.join(sorted(row)) or 'none'}; expected 'text', 'instruction' and 'response', or "
         "'messages' (a list of role and content)."

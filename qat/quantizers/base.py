@@ -1,5 +1,6 @@
 """The base of every quantizer: a new one overrides `qparams` and inherits everything else."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -18,7 +19,7 @@ from qat.quantizers.observers import MinMaxObserver, Observer
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Finds the qparams of a tensor; quantizes and fake-quantizes with them.
 
     Args:
@@ -52,9 +53,9 @@ class Quantizer(nn.Module):
         self.initialized = True
         self.observer: Observer | None = None
 
+    @abstractmethod
     def qparams(self, x: Tensor) -> QParams:
         """Scale, zero point and codebook for `x`, rounded (straight through) to their storage types."""
-        raise NotImplementedError
 
     def initialize_from(self, view: Tensor) -> None:
         """Fill parameters and buffers in place from representative values `[groups, n]`."""

@@ -126,24 +126,26 @@ def _quant_linear(name: str, linear: nn.Linear, rule: Rule, weight_quantizer: Qu
 
 def _activation(factory: Callable[..., nn.Module], features: int, name: str, role: str) -> nn.Module:
     quantizer = _make(factory, (features,), name, role)
-    if isinstance(quantizer, Quantizer) and quantizer.rule is None:
-        if quantizer.granularity not in (PerTensor(), PerChannel(-1)):
-            raise InputError(
-                f"{name}, {role}: a static or learned quantizer of activations needs granularity per_tensor or "
-                f"per_channel_-1, not {quantizer.granularity}; or take a dynamic one (minmax_token)."
-            )
-        if quantizer.initialized:
-            raise InputError(
-                f"{name}, {role}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
-                "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
-            )
-    if isinstance(quantizer, Quantizer) and not _suits_activations(quantizer.granularity):
+    if not isinstance(quantizer, Quantizer):
+        return quantizer
+    where = f"{name}, {role}"
+    if quantizer.rule is None and quantizer.granularity not in (PerTensor(), PerChannel(-1)):
         raise InputError(
-            f"{name}, {role}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
+            f"{where}: a static or learned quantizer of activations needs granularity per_tensor or "
+            f"per_channel_-1, not {quantizer.granularity}; or take a dynamic one (minmax_token)."
+        )
+    if quantizer.rule is None and quantizer.initialized:
+        raise InputError(
+            f"{where}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
+            "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
+        )
+    if not _suits_activations(quantizer.granularity):
+        raise InputError(
+            f"{where}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
             "take per_token, per_tensor, per_channel_-1 or per_group_N."
         )
-    if isinstance(quantizer, Quantizer) and quantizer.initialized:
-        _in_context(lambda: StoredActivation.from_quantizer(quantizer), f"{name}, {role}")
+    if quantizer.initialized:
+        _in_context(lambda: StoredActivation.from_quantizer(quantizer), where)
     return quantizer
 
 
