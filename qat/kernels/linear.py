@@ -9,9 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qat.kernels import ops
-from qat.numerics.formats import Format
+from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams
+from qat.numerics.qtensor import QParams, elements_shape
 from qat.scratch import scratch
 
 
@@ -55,7 +55,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         *params, ctx.format = grid
         ctx.granularity = granularity
         ctx.save_for_backward(x, weight, codes, *params)
-        w_hat = _room_for(codes, x.dtype)
+        w_hat = _room_for(codes, x.dtype, ctx.format)
         ops.dequantize_view_(codes, w_hat, *grid)
         return F.linear(x, granularity.unview(w_hat, weight.shape), bias)
 
@@ -66,7 +66,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, _, *need_params, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
-        w_hat = _room_for(codes, dy.dtype) if need_x else None
+        w_hat = _room_for(codes, dy.dtype, ctx.format) if need_x else None
         found: tuple[Tensor | None, ...] = (None,) * 4
         if need_weight or any(need_params):
             view = ctx.granularity.view
@@ -80,6 +80,6 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         return dx, dweight, dbias, None, *found[1:], None
 
 
-def _room_for(codes: Tensor, dtype: torch.dtype) -> Tensor:
+def _room_for(codes: Tensor, dtype: torch.dtype, format: str) -> Tensor:
     """Memory for W_hat, good until the next call: all layers share it."""
-    return scratch("weight", codes.shape, dtype, codes.device)
+    return scratch("weight", elements_shape(codes.shape, parse_format(format)), dtype, codes.device)

@@ -14,19 +14,21 @@ from qat.errors import InputError
 from qat.kernels.fake_quantize import reference
 from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, ViewParams
+from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
 
 # Every operator ends with the same arguments: the grid.
 _GRID = "Tensor scale, Tensor? zero_point, Tensor? codebook, str format"
 
 
-def _operator(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def _operator(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag
+) -> torch._ops.OpOverload:
     """Declare one operator, `qat::name(arguments) -> results`.
 
     `torch.library.custom_op` would do the same in one call, but costs 0.1 ms a call on a CPU, 800 times in a step.
     """
     name, _, signature = schema.partition("(")
-    torch.library.define(f"qat::{name}", f"({signature}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"qat::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(f"qat::{name}", "default")(torch.no_grad()(reference))
     torch.library.register_fake(f"qat::{name}", fake)
     operator: torch._ops.OpOverload = getattr(torch.ops.qat, name).default
@@ -40,6 +42,15 @@ def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
 
 def _quantize_reference(x: Tensor, *grid: Any) -> Tensor:
     return reference.quantize(x, *_grid(grid))
+
+
+def _quantize_stochastic_reference(x: Tensor, *grid: Any) -> Tensor:
+    return reference.quantize(x, *_grid(grid), stochastic=True)
+
+
+def _codes_fake(x: Tensor, *grid: Any) -> Tensor:
+    format = parse_format(grid[-1])
+    return x.new_empty(codes_shape(x.shape, format), dtype=format.code_dtype)
 
 
 def _dequantize_reference(codes: Tensor, out: Tensor, *grid: Any) -> None:
@@ -68,10 +79,12 @@ def _backward_fake(
     )
 
 
-quantize_view = _operator(
-    f"quantize(Tensor x, {_GRID}) -> Tensor",
-    _quantize_reference,
-    lambda x, *grid: x.new_empty(x.shape, dtype=parse_format(grid[-1]).code_dtype),
+quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize_reference, _codes_fake)
+_quantize_stochastic_view = _operator(
+    f"quantize_stochastic(Tensor x, {_GRID}) -> Tensor",
+    _quantize_stochastic_reference,
+    _codes_fake,
+    torch.Tag.nondeterministic_seeded,
 )
 dequantize_view_ = _operator(
     f"dequantize_(Tensor codes, Tensor(a!) out, {_GRID}) -> ()", _dequantize_reference, lambda codes, out, *grid: None
@@ -145,15 +158,19 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     return granularity.unview(_fake_quantize_view(view, *grid), x.shape)
 
 
-def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
-    """Codes of `x`, shaped like it."""
+def quantize(
+    x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stochastic: bool = False
+) -> Tensor:
+    """Codes of `x`: the nearest, or stochastic ones whose expectation is x."""
     view = granularity.view(x)
-    return granularity.unview(quantize_view(view, *grid_of(qparams, format, len(view))), x.shape)
+    operator = _quantize_stochastic_view if stochastic else quantize_view
+    codes = operator(view, *grid_of(qparams, format, len(view)))
+    return granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
 
 
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:
-    """Values of `codes`, shaped like them."""
-    view = granularity.view(codes)
-    out = torch.empty(view.shape, dtype=dtype, device=codes.device)
+    """Values of `codes`, shaped like the tensor that was quantized."""
+    view = granularity.of_codes(format.block).view(codes)
+    out = torch.empty(elements_shape(view.shape, format), dtype=dtype, device=codes.device)
     dequantize_view_(view, out, *grid_of(qparams, format, len(view)))
-    return granularity.unview(out, codes.shape)
+    return granularity.unview(out, elements_shape(codes.shape, format))

@@ -6,7 +6,7 @@ from torch import Tensor
 from qat.errors import InputError, nearest
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams, scale_down, unscale
+from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams, codes_shape, scale_down, unscale
 from qat.numerics.ste import round_up_to_storage, straight_through
 
 
@@ -38,7 +38,8 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
     """Turn `x` into codes under given qparams."""
     params = qparams.for_view()
     codes = format.encode(scale_down(granularity.view(x), params), params.codebook)
-    return QuantizedTensor(granularity.unview(codes, x.shape), qparams, format, granularity, x.dtype)
+    codes = granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
+    return QuantizedTensor(codes, qparams, format, granularity, x.dtype)
 
 
 @torch.no_grad()

@@ -33,10 +33,23 @@ class Granularity(ABC):
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         """Undo `view` for a tensor of `shape`."""
 
+    def of_codes(self, block: int) -> "Granularity":
+        """The same partition of codes, each of which stands for `block` consecutive elements of the last dimension.
+
+        Raises:
+            InputError: if a code would stand for elements of two groups.
+        """
+        if block > 1:
+            raise InputError(f"Vector codebooks take per_tensor, per_channel, per_token or per_group_N, not {self}.")
+        return self
+
 
 @dataclass(frozen=True)
 class PerTensor(Granularity):
     """One group for everything."""
+
+    def of_codes(self, block: int) -> Granularity:
+        return self
 
     def __str__(self) -> str:
         return "per_tensor"
@@ -59,6 +72,9 @@ class PerChannel(Granularity):
 
     def __str__(self) -> str:
         return "per_channel" if self.axis == 0 else f"per_channel_{self.axis}"
+
+    def of_codes(self, block: int) -> Granularity:
+        return self if self.axis == 0 else super().of_codes(block)
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         if not -len(shape) <= self.axis < len(shape):
@@ -83,6 +99,9 @@ class PerToken(Granularity):
     def __str__(self) -> str:
         return "per_token"
 
+    def of_codes(self, block: int) -> Granularity:
+        return self
+
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         return (*shape[:-1], 1)
 
@@ -101,6 +120,9 @@ class PerGroup(Granularity):
 
     def __str__(self) -> str:
         return f"per_group_{self.group_size}"
+
+    def of_codes(self, block: int) -> Granularity:
+        return PerGroup(self.group_size // block) if self.group_size % block == 0 else super().of_codes(block)
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         _check_divides(self.group_size, shape[-1], "group size")

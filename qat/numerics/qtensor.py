@@ -6,12 +6,14 @@ export) consumes one. The meaning of the stored numbers is fixed here, once:
     x ~ (decode(codes) - zero_point) * scale + offset
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
 
+from qat.errors import InputError
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity
 
@@ -30,8 +32,8 @@ class QParams(NamedTuple):
 
     scale: positive, of `granularity.param_shape(x.shape)`; or itself a QuantizedTensor (NF4 double quantization).
     zero_point: integer-valued, shaped like scale; None is zero.
-    codebook: `[..., entries]`, ascending along the last dimension; leading dimensions are coarser than or equal to
-        those of scale.
+    codebook: `[..., entries]`, ascending along the last dimension, or `[..., entries * block]` for a vector codebook;
+        leading dimensions are coarser than or equal to those of scale.
     offset: added at the end, one value or one per group; None is zero. Not trained.
     """
 
@@ -56,7 +58,8 @@ def _rows(field: Tensor | None, width: int) -> Tensor | None:
 class QuantizedTensor:
     """Integer codes and what they stand for.
 
-    codes: shaped like the tensor, one code an element (int8 or uint8, not packed).
+    codes: int8 or uint8, not packed; shaped like the tensor, but that `format.block` elements of the last dimension
+        share a code.
     dtype: what `dequantize` returns.
     """
 
@@ -68,13 +71,32 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> torch.Size:
-        return self.codes.shape
+        return elements_shape(self.codes.shape, self.format)
 
     def dequantize(self) -> Tensor:
         """The values, in `dtype`, computed in float32."""
         params = self.qparams.for_view()
-        values = self.format.decode(self.granularity.view(self.codes), params.codebook)
+        codes = self.granularity.of_codes(self.format.block).view(self.codes)
+        values = self.format.decode(codes, params.codebook)
         return self.granularity.unview(unscale(values, params), self.shape).to(self.dtype)
+
+
+def codes_shape(shape: Sequence[int], format: Format) -> torch.Size:
+    """Shape of the codes of a tensor of `shape`.
+
+    Raises:
+        InputError: if codes that stand for several elements do not divide the last dimension.
+    """
+    *leading, last = shape
+    if last % format.block:
+        raise InputError(f"{format.name} has one code for {format.block} elements, which do not divide {last}.")
+    return torch.Size((*leading, last // format.block))
+
+
+def elements_shape(shape: Sequence[int], format: Format) -> torch.Size:
+    """Shape of the tensor that codes of `shape` stand for."""
+    *leading, last = shape
+    return torch.Size((*leading, last * format.block))
 
 
 def scale_down(view: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:

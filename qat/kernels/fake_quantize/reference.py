@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.numerics.formats import Format, as_index
-from qat.numerics.qtensor import ViewParams, scale_down, unscale
+from qat.numerics.formats import Format
+from qat.numerics.qtensor import ViewParams, codes_shape, scale_down, unscale
 from qat.scratch import scratch
 
 # Elements of a block: what fits the cache of every CPU core that takes part; on a GPU, a bound to the temporaries.
@@ -37,12 +37,13 @@ class Gradients(NamedTuple):
     codebook: Tensor
 
 
-def quantize(x: Tensor, params: ViewParams, format: Format) -> Tensor:
-    """Codes of `x`."""
-    codes = torch.empty(x.shape, dtype=format.code_dtype, device=x.device)
+def quantize(x: Tensor, params: ViewParams, format: Format, stochastic: bool = False) -> Tensor:
+    """Codes of `x`; stochastic ones are drawn from torch's generator so that their expectation is x."""
+    codes = torch.empty(codes_shape(x.shape, format), dtype=format.code_dtype, device=x.device)
     for (own,), (x_block, out) in _blocks([params], x, codes):
         v = scale_down(x_block, own, out=_temporary("v", x_block))
-        out.copy_(format.encode_(v, own.codebook))
+        noise = _temporary("noise", v).uniform_() if stochastic else None
+        out.copy_(format.encode_(v, own.codebook, noise))
     return codes
 
 
@@ -80,7 +81,7 @@ def fake_quantize_backward(
     for (own, total), (g_own, x_own, code_block, x_hat_own) in _blocks([params, found], grad, x, codes, restored):
         g, x_block = g_own.to(torch.float32), x_own.to(torch.float32)
         if need_codebook:
-            _add_codebook_gradient(total.codebook, g, code_block, own)
+            _add_codebook_gradient(total.codebook, g, format.entry(code_block), own)
         if need_zero_point:
             total.zero_point.sub_(g.sum(1, keepdim=True))
         if need_scale or x_hat is not None:
@@ -123,18 +124,19 @@ def _open_interval(format: Format) -> tuple[float, float]:
     return below, above
 
 
-def _add_codebook_gradient(total: Tensor, g: Tensor, codes: Tensor, own: ViewParams) -> None:
-    """Add g * s of every member to its entry of the codebook."""
+def _add_codebook_gradient(total: Tensor, g: Tensor, entry: Tensor, own: ViewParams) -> None:
+    """Add g * s of every element to its entry of the codebook."""
     shares = torch.mul(g, own.scale, out=_temporary("v", g)).view(len(total), -1)
-    total.scatter_add_(1, as_index(codes.reshape(shares.shape)), shares)
+    total.scatter_add_(1, entry.view(shares.shape), shares)
 
 
 def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
     """Cut `tensors` `[groups, elements]` into blocks, each with its own part of `params` (the first: ViewParams)."""
-    groups, elements = tensors[0].shape
+    groups, elements = len(tensors[0]), max(tensor.shape[1] for tensor in tensors)
     most = _BLOCK_OF_A_CORE * torch.get_num_threads() if tensors[0].device.type == "cpu" else _BLOCK_OF_A_GPU
     if groups == 1:
-        parts = zip(*(tensor.split(most, dim=1) for tensor in tensors), strict=True)
+        # Vector codes are fewer than elements; both are cut into as many parts.
+        parts = zip(*(tensor.split(most * tensor.shape[1] // elements or 1, dim=1) for tensor in tensors), strict=True)
         return zip(repeat(tuple(params)), parts, strict=False)
     tables = 1 if params[0].codebook is None else len(params[0].codebook)
     # A block holds whole codebook rows, unless all groups share a single one.
