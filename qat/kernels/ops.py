@@ -158,9 +158,7 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     return granularity.unview(_fake_quantize_view(view, *grid), x.shape)
 
 
-def quantize(
-    x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stochastic: bool = False
-) -> Tensor:
+def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stochastic: bool = False) -> Tensor:
     """Codes of `x`: the nearest, or stochastic ones whose expectation is x."""
     view = granularity.view(x)
     operator = _quantize_stochastic_view if stochastic else quantize_view

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn.packed import dtype_name, dtype_named
+from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import parse_format
-from qat.numerics.functional import dynamic_qparams
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers import Quantizer

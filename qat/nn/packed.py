@@ -12,7 +12,7 @@ from qat.kernels.linear import compute_dtype
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
-from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape
 
 # QParams fields in the order in which they are described, stored and loaded.
 _FIELDS = QParams._fields
@@ -36,7 +36,7 @@ class PackedTensor(nn.Module):
         self.granularity = parse_granularity(description["granularity"])
         self.shape = torch.Size(description["shape"])
         self.dtype = dtype_named(description["dtype"])
-        size = packed_bytes(self.shape.numel(), self.format.bits)
+        size = packed_bytes(codes_shape(self.shape, self.format).numel(), self.format.bits)
         self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
         for name in _FIELDS:
             field = description.get(name)
@@ -64,7 +64,7 @@ class PackedTensor(nn.Module):
         """The QuantizedTensor, codes unpacked."""
         fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
         resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
-        codes = unpack(self.codes, self.format, self.shape)
+        codes = unpack(self.codes, self.format, codes_shape(self.shape, self.format))
         return QuantizedTensor(codes, QParams(*resolved), self.format, self.granularity, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,7 +3,19 @@
 from qat.quantizers.base import NoQuantizer, Quantizer
 from qat.quantizers.kmeans import KMeansQuantizer
 from qat.quantizers.lsq import LSQQuantizer
+from qat.quantizers.microscaling import MicroscalingQuantizer, NVFP4Quantizer
 from qat.quantizers.minmax import MinMaxQuantizer
-from qat.quantizers.nf4 import NF4Quantizer
+from qat.quantizers.table import TableQuantizer
+from qat.quantizers.vector import VectorQuantizer
 
-__all__ = ["KMeansQuantizer", "LSQQuantizer", "MinMaxQuantizer", "NF4Quantizer", "NoQuantizer", "Quantizer"]
+__all__ = [
+    "KMeansQuantizer",
+    "LSQQuantizer",
+    "MicroscalingQuantizer",
+    "MinMaxQuantizer",
+    "NVFP4Quantizer",
+    "NoQuantizer",
+    "Quantizer",
+    "TableQuantizer",
+    "VectorQuantizer",
+]

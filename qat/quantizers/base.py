@@ -14,8 +14,10 @@ from qat.kernels.linear import fake_quantized_linear
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.numerics.ste import straight_through
 from qat.quantizers.observers import MinMaxObserver, Observer
 
+_DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -31,13 +33,19 @@ class Quantizer(nn.Module, ABC):
             rounded to it before every use.
 
     Attributes:
-        rule: the name under `qat.numerics.functional.DYNAMIC_RULES` by which qparams follow from x alone, or None
+        rule: the name under `qat.numerics.dynamic.DYNAMIC_RULES` by which qparams follow from x alone, or None
             when they are parameters or buffers.
         initialized: whether `initialize` ran, or nothing needs it. A static quantizer refuses to work before.
         observer: set while calibrating; x then passes through unchanged and is only looked at.
+        stochastic: whether codes are drawn at random so that their expectation is x: for gradients.
+        codebook_dtype: how codebooks are stored, where not as scales are.
+        strength: share of the quantization error that training sees, from 0 to 1; evaluation always sees all of it.
     """
 
     rule: str | None = None
+    stochastic: bool = False
+    codebook_dtype: torch.dtype | None = None
+    strength: float = 1.0
 
     def __init__(
         self, shape: Sequence[int], format: Format, granularity: str | Granularity, scale_dtype: str = "bfloat16"
@@ -68,6 +76,7 @@ class Quantizer(nn.Module, ABC):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Fill parameters and buffers in place from `x`."""
+        _refuse_infinity(x)
         self.initialize_from(self.granularity.view(x))
         self.initialized = True
 
@@ -76,7 +85,17 @@ class Quantizer(nn.Module, ABC):
         if self.observer is not None:
             self.observer.update(self.granularity.view(x.detach()))
             return x
+        x_hat = self._drawn(x) if self.stochastic else self._fake_quantized(x)
+        return torch.lerp(x, x_hat, self.strength) if self.training and self.strength < 1 else x_hat
+
+    def _fake_quantized(self, x: Tensor) -> Tensor:
         return ops.fake_quantize(x, self.ready_qparams(x), self.format, self.granularity)
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """Stochastically rounded values, straight through."""
+        qparams = self.ready_qparams(x)
+        codes = ops.quantize(x.detach(), qparams, self.format, self.granularity, stochastic=True)
+        return straight_through(x, ops.dequantize(codes, qparams, self.format, self.granularity, x.dtype))
 
     @final
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,9 +105,16 @@ class Quantizer(nn.Module, ABC):
     @final
     @torch.no_grad()
     def quantize(self, x: Tensor) -> QuantizedTensor:
-        """Quantize `x` for storage: `self(x)` equals `self.quantize(x).dequantize()` to the bit."""
+        """Quantize `x` for storage: `self(x)` equals `self.quantize(x).dequantize()` to the bit.
+
+        A stochastic quantizer draws anew at each call, so that only the expectations are equal.
+
+        Raises:
+            InputError: if x holds an infinity or NaN, which no grid holds.
+        """
+        _refuse_infinity(x)
         qparams = self.ready_qparams(x)
-        codes = ops.quantize(x, qparams, self.format, self.granularity)
+        codes = ops.quantize(x, qparams, self.format, self.granularity, self.stochastic)
         return QuantizedTensor(codes, self.to_storage(qparams), self.format, self.granularity, x.dtype)
 
     @final
@@ -108,7 +134,7 @@ class Quantizer(nn.Module, ABC):
         return QParams(
             scale if isinstance(scale, QuantizedTensor) else scale.to(self.scale_dtype),
             None if zero_point is None else zero_point.to(torch.uint8),
-            None if codebook is None else codebook.to(self.scale_dtype),
+            None if codebook is None else codebook.to(self.codebook_dtype or self.scale_dtype),
             offset,
         )
 
@@ -130,6 +156,18 @@ class Quantizer(nn.Module, ABC):
     def extra_repr(self) -> str:
         learned = ", ".join(name for name, _ in self.named_parameters(recurse=False))
         return f"{self.format.name}, {self.granularity}" + (f", learns {learned}" if learned else "")
+
+
+def check_bits(format: Format, bits: int | None) -> Format:
+    """`format`, unless `bits` are given and not its own."""
+    if bits is not None and bits != format.bits:
+        raise InputError(f"{format.name} has {format.bits} bits, not {bits}: change format, or leave out bits.")
+    return format
+
+
+def _refuse_infinity(x: Tensor) -> None:
+    if not torch.isfinite(x).all():
+        raise InputError(f"A tensor {list(x.shape)} holds NaN or infinity, which no grid holds. {_DIVERGED}")
 
 
 class NoQuantizer(nn.Identity):

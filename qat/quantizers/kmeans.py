@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from qat.errors import InputError, nearest
 from qat.numerics.codebooks import NF4, table
+from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import CodebookFormat
-from qat.numerics.functional import absmax_params
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.kmeans import kmeans_1d
 from qat.numerics.qtensor import QParams
@@ -56,7 +56,7 @@ class KMeansQuantizer(Quantizer):
             raise InputError(f"init=nf4 has 16 entries, not {entries}: set bits=4 and no entries, or use init=kmeans.")
         sharing = self.granularity if codebook is None else parse_granularity(codebook)
         table_shape = sharing.param_shape(self.shape)
-        if not _is_coarser(table_shape, self.param_shape):
+        if not is_coarser(table_shape, self.param_shape):
             raise InputError(
                 f"The codebook is shared {sharing}, finer than the scales ({self.granularity}). "
                 f"Use granularity={sharing}, or a coarser codebook."
@@ -89,7 +89,7 @@ class KMeansQuantizer(Quantizer):
         self.codebook.data.copy_(kmeans_1d(relative.reshape(rows, -1), entries).view_as(self.codebook))
 
 
-def _is_coarser(table_shape: Sequence[int], scale_shape: Sequence[int]) -> bool:
+def is_coarser(table_shape: Sequence[int], scale_shape: Sequence[int]) -> bool:
     """Whether each codebook serves a run of consecutive scales: equal leading sizes, then ones."""
     if len(table_shape) != len(scale_shape):
         return all(size == 1 for size in table_shape)

@@ -6,21 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qat.numerics.formats import IntFormat
-from qat.numerics.functional import minmax_params
+from qat.errors import InputError, nearest
+from qat.numerics.dynamic import minmax_params
+from qat.numerics.formats import Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, ViewParams, scale_down, unscale
+from qat.numerics.qtensor import QParams, ViewParams
+from qat.numerics.search import least_squares_scale
 from qat.numerics.ste import round_to_storage, straight_through
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import from_log_scale, log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
 
-# Shrink factors tried for the first scale, from "no clipping" down.
-_SEARCH = torch.linspace(1.0, 0.4, 25)
+_GRIDS = ("integers", "stretched", "ternary")
 
 
 class LSQQuantizer(Quantizer):
-    """Integers with a learned scale (LSQ, arXiv 1902.08153); asymmetric, with a learned zero point (LSQ+, 2004.09576).
+    """A uniform grid with a learned scale (LSQ, arXiv 1902.08153), and a learned zero point (LSQ+, arXiv 2004.09576).
 
     The gradient of the scale is LSQ's, including its factor 1 / sqrt(elements * highest code). The parameter is
     log2(scale), as in TQT (arXiv 1903.08066): the scale stays positive, and one learning rate means the same relative
@@ -28,8 +29,10 @@ class LSQQuantizer(Quantizer):
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
-        bits: 2 to 8.
+        bits: 2 to 8; 1 to 8 when stretched; 2 when ternary.
         symmetric: learn only the scale.
+        grid: `integers`, two's complement; `stretched`, 2^bits levels around zero, none of them zero, which serve one
+            and two bits better (ParetoQ, arXiv 2502.02631); `ternary`, three levels.
     """
 
     zero_point: nn.Parameter | None
@@ -40,9 +43,10 @@ class LSQQuantizer(Quantizer):
         bits: int = 4,
         granularity: str | Granularity = "per_channel",
         symmetric: bool = True,
+        grid: str = "integers",
         scale_dtype: str = "bfloat16",
     ) -> None:
-        super().__init__(shape, IntFormat(bits, signed=symmetric), granularity, scale_dtype)
+        super().__init__(shape, _grid(grid, bits, symmetric), granularity, scale_dtype)
         self.initialized = False
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape))
         self.zero_point = None if symmetric else nn.Parameter(torch.zeros(self.param_shape))
@@ -61,23 +65,29 @@ class LSQQuantizer(Quantizer):
 
     def initialize_from(self, view: Tensor) -> None:
         """Start at the scale of least squared error, found by shrinking the min-max range."""
-        view = view.to(torch.float32)
         low, high = self.format.range()
         if self.zero_point is None:
-            start = ViewParams(view.abs().amax(1, keepdim=True) / max(-low, high))
+            start = ViewParams(view.abs().amax(1, keepdim=True).to(torch.float32) / max(-low, high))
         else:
             start = minmax_params(view, self.format, self.scale_dtype)
             assert start.zero_point is not None
             self.zero_point.data.copy_(start.zero_point.view(self.param_shape))
-        best = start.scale
-        least = torch.full_like(best, math.inf)
-        for shrink in _SEARCH:
-            candidate = start._replace(scale=(start.scale * shrink).clamp(min=torch.finfo(torch.float32).tiny))
-            v_hat = scale_down(view, candidate).round_().clamp_(low, high)
-            error = (unscale(v_hat, candidate) - view).square_().sum(1, keepdim=True)
-            best = torch.where(error < least, candidate.scale, best)
-            least = torch.minimum(error, least)
+        best = least_squares_scale(view, self.format, start)
         self.log_scale.data.copy_(log_scale_of(best, self.scale_dtype).view(self.param_shape))
+
+
+def _grid(grid: str, bits: int, symmetric: bool) -> Format:
+    if grid not in _GRIDS:
+        raise InputError(f"There is no grid '{grid}'.{nearest(grid, _GRIDS)}")
+    if grid == "integers":
+        return IntFormat(bits, signed=symmetric)
+    if not symmetric:
+        raise InputError(f"The grid '{grid}' is symmetric around zero: set symmetric=true, or grid=integers.")
+    if grid == "ternary" and bits != 2:
+        raise InputError(f"The grid 'ternary' is stored in 2 bits, not {bits}: set bits=2, or grid=stretched.")
+    if bits not in range(1, 9):
+        raise InputError(f"The grid 'stretched' has 1 to 8 bits, not {bits}.")
+    return LevelFormat(3 if grid == "ternary" else 2**bits)
 
 
 def _scale_gradient(parameter: Tensor, factor: float) -> Tensor:

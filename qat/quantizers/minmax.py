@@ -5,25 +5,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qat.errors import InputError
-from qat.numerics.formats import IntFormat
-from qat.numerics.functional import DYNAMIC_RULES, dynamic_qparams
+from qat.errors import InputError, nearest
+from qat.numerics.dynamic import DYNAMIC_RULES, dynamic_qparams
+from qat.numerics.formats import Format, IntFormat, parse_format
 from qat.numerics.granularity import Granularity, PerToken
-from qat.numerics.qtensor import QParams
-from qat.quantizers.base import Quantizer
+from qat.numerics.qtensor import QParams, ViewParams
+from qat.numerics.search import least_squares_scale
+from qat.quantizers.base import Quantizer, check_bits
+from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
+
+_OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": SampleObserver,
+    "mse": SampleObserver,
+}
+_ROUNDINGS = ("nearest", "stochastic")
 
 
 class MinMaxQuantizer(Quantizer):
-    """Integers scaled to the extremes of each group, symmetric (LLM-QAT, arXiv 2305.17888) or asymmetric.
+    """Integers or small floats scaled to the extremes of each group (LLM-QAT, arXiv 2305.17888).
 
-    symmetric: scale = max|x| / (2^(bits-1) - 1). Asymmetric: scale = (max - min) / (2^bits - 1), with an integer zero
-    point. Gradients pass straight through to x; the extremes are taken as constants.
+    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: scale = (max - min) / (2^bits - 1), with
+    an integer zero point. Gradients pass straight through to x; the extremes are taken as constants.
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
-        bits: 2 to 8.
+        bits: 2 to 8 for integers; with `format` given it must be the format's own, or None.
+        format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1 or any other name of a format; None takes integers.
         symmetric: whether zero sits in the middle of the grid.
         dynamic: find the extremes in every x anew; otherwise calibrate once and keep them.
+        observer: how a static quantizer condenses the batches it is calibrated on: `minmax` takes the extremes of all,
+            `moving_average` those of each batch in turn (arXiv 1712.05877), `percentile` cuts off the tails, `mse`
+            clips where the squared error is least.
+        percentile: the share of x, in percent, that observer=percentile leaves unclipped.
+        rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients.
     """
 
     scale: Tensor
@@ -32,13 +48,25 @@ class MinMaxQuantizer(Quantizer):
     def __init__(
         self,
         shape: Sequence[int],
-        bits: int = 8,
+        bits: int | None = 8,
+        format: str | None = None,
         granularity: str | Granularity = "per_channel",
         symmetric: bool = True,
         dynamic: bool = True,
+        observer: str = "minmax",
+        percentile: float = 99.9,
+        rounding: str = "nearest",
         scale_dtype: str = "bfloat16",
     ) -> None:
-        super().__init__(shape, IntFormat(bits, signed=symmetric), granularity, scale_dtype)
+        super().__init__(shape, _grid(format, bits, symmetric), granularity, scale_dtype)
+        if observer not in _OBSERVERS:
+            raise InputError(f"There is no observer '{observer}'.{nearest(observer, _OBSERVERS)}")
+        if rounding not in _ROUNDINGS:
+            raise InputError(f"There is no rounding '{rounding}'.{nearest(rounding, _ROUNDINGS)}")
+        if not 50 < percentile <= 100:
+            raise InputError(f"percentile is {percentile}; it lies above 50 and up to 100: set it to 99.9.")
+        self.stochastic = rounding == "stochastic"
+        self.observer_kind, self.percentile = observer, percentile
         self._rule = "absmax" if symmetric else "minmax"
         self.rule = self._rule if dynamic else None
         if dynamic:
@@ -58,10 +86,40 @@ class MinMaxQuantizer(Quantizer):
             return QParams(self.scale, getattr(self, "zero_point", None))
         return dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
 
+    def make_observer(self) -> Observer:
+        return _OBSERVERS[self.observer_kind]()
+
     def initialize_from(self, view: Tensor) -> None:
         if self.rule is not None:
             return
-        found = DYNAMIC_RULES[self._rule](view, self.format, self.scale_dtype)
+        found = self._fit(view)
+        assert isinstance(found.scale, Tensor)
         self.scale.copy_(found.scale.view(self.param_shape))
         if found.zero_point is not None:
             self.zero_point.copy_(found.zero_point.view(self.param_shape))
+
+    def _fit(self, view: Tensor) -> ViewParams:
+        if self.observer_kind == "percentile":
+            view = _without_tails(view, self.percentile)
+        rule = DYNAMIC_RULES[self._rule]
+        found = rule(view, self.format, self.scale_dtype)
+        if self.observer_kind != "mse":
+            return found
+        shrunk = least_squares_scale(view, self.format, found, outliers=True) / found.scale
+        return rule(view * shrunk, self.format, self.scale_dtype)
+
+
+def _grid(format: str | None, bits: int | None, symmetric: bool) -> Format:
+    if format is None:
+        return IntFormat(8 if bits is None else bits, signed=symmetric)
+    grid = parse_format(format)
+    if not symmetric:
+        raise InputError(f"{format} is symmetric around zero: set symmetric=true, or leave out format for integers.")
+    return check_bits(grid, bits)
+
+
+def _without_tails(view: Tensor, percentile: float) -> Tensor:
+    """Each group's two quantiles between which all but (100 - percentile) % of it lie, half of that on either side."""
+    ordered = view.to(torch.float32).sort(dim=1).values
+    cut = round((1 - percentile / 100) / 2 * (view.shape[1] - 1))
+    return torch.stack([ordered[:, cut], ordered[:, -1 - cut]], dim=1)

@@ -33,6 +33,25 @@ class MinMaxObserver(Observer):
         return self._extremes
 
 
+class MovingAverageObserver(Observer):
+    """Averages the smallest and the largest value of each group over batches, later ones counting more.
+
+    extremes <- decay * extremes + (1 - decay) * those of the batch, as in Quantization and Training of Neural Networks
+    for Efficient Integer-Arithmetic-Only Inference (arXiv 1712.05877): one batch with an outlier moves little.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self._extremes: Tensor | None = None
+
+    def update(self, view: Tensor) -> None:
+        both = torch.stack(torch.aminmax(view.float(), dim=1), dim=1)
+        self._extremes = both if self._extremes is None else torch.lerp(both, self._extremes, self.decay)
+
+    def summary(self) -> Tensor | None:
+        return self._extremes
+
+
 class SampleObserver(Observer):
     """Keeps about `per_batch` random elements of each group of every batch, and its extremes: enough to fit to.
 

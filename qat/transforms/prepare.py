@@ -137,7 +137,7 @@ def _activation(factory: Callable[..., nn.Module], features: int, name: str, rol
     if quantizer.rule is None and quantizer.initialized:
         raise InputError(
             f"{where}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
-            "they cannot be stored. Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
+            "they cannot be stored. Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
         )
     if not _suits_activations(quantizer.granularity):
         raise InputError(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from qat.numerics.dynamic import absmax_params, minmax_params
 from qat.numerics.formats import CodebookFormat, IntFormat
-from qat.numerics.functional import absmax_params, fake_quantize, minmax_params, quantize
+from qat.numerics.functional import fake_quantize, quantize
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.qtensor import QParams
 from qat.numerics.ste import round_to_storage, round_up_to_storage, straight_through

@@ -10,7 +10,7 @@ from qat.nn import PackedLinear
 from qat.numerics.formats import IntFormat
 from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QParams
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NF4Quantizer, Quantizer
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, Quantizer, TableQuantizer
 from qat.transforms import quant_linears, uncalibrated
 from tests.conftest import tiny_llama
 
@@ -21,7 +21,7 @@ SCHEMES = {
     "lsq": qat.Scheme(weight=LSQ3),
     "lsq_plus": qat.Scheme(weight=partial(LSQ3, symmetric=False)),
     "kmeans": qat.Scheme(weight=partial(KMeansQuantizer, bits=3)),
-    "nf4_double": qat.Scheme(weight=partial(NF4Quantizer, double_quant=True)),
+    "nf4_double": qat.Scheme(weight=partial(TableQuantizer, double_quant=True)),
     "w4a8": qat.Scheme(weight=partial(MinMaxQuantizer, bits=4), input=TOKEN8),
     "static": qat.Scheme(weight=LSQ3, input=STATIC8, output=partial(LSQQuantizer, bits=8, granularity="per_tensor")),
     "head_too": qat.Scheme(weight=LSQ3, head=True),
@@ -208,7 +208,7 @@ class Unnamed(Quantizer):
         (partial(LSQQuantizer, granularity="per_channel"), "per_tensor or per_channel_-1, not per_channel"),
         (partial(KMeansQuantizer, granularity="per_group_32"), "per_tensor or per_channel_-1"),
         (Unnamed, "names no rule"),
-        (partial(NF4Quantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
+        (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
     ],
     ids=["lsq", "kmeans", "unnamed", "double"],
 )

@@ -53,7 +53,7 @@ def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -
         if values.dtype == torch.float32:
             _decode(block, values, own, format)
         else:
-            values.copy_(_decode(block, _temporary("values", block), own, format))
+            values.copy_(_decode(block, _temporary("values", values), own, format))
 
 
 def fake_quantize_backward(

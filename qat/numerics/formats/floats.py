@@ -19,9 +19,9 @@ _NATIVE = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
 class FloatFormat(Format):
     """Sign, exponent and mantissa: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2 and fp4_e2m1, with subnormals.
 
-    A code is the bit pattern of the number. Rounds to nearest, ties to even, and saturates at the largest finite number.
-    Values beyond it keep their gradient: the scale of a float grid follows the data, so they lie there because the scale
-    was rounded (microscaling rounds it down to a power of two), and would otherwise be frozen.
+    A code is the bit pattern of the number. Rounds to nearest, ties to even, and saturates at the largest finite
+    number. Values beyond it keep their gradient: the scale of a float grid follows the data, so they lie there because
+    the scale was rounded (microscaling rounds it down to a power of two), and would otherwise be frozen.
     """
 
     exponent_bits: int

@@ -1,14 +1,14 @@
-"""NormalFloat-4, the storage type of QLoRA."""
+"""Fixed codebooks: NF4 and its relatives, powers of two, binary and ternary."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qat.errors import InputError
-from qat.numerics.codebooks import NF4, dynamic_map, table
+from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
+from qat.numerics.dynamic import check_rule, dynamic_qparams
 from qat.numerics.formats import CodebookFormat
-from qat.numerics.functional import dynamic_qparams, quantize
+from qat.numerics.functional import quantize
 from qat.numerics.granularity import Granularity, PerFlatGroup
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers.base import Quantizer
@@ -16,38 +16,50 @@ from qat.quantizers.base import Quantizer
 _DOUBLE_GROUP = 256
 
 
-class NF4Quantizer(Quantizer):
-    """Block-wise NF4 (QLoRA, arXiv 2305.14314): the quantiles of a normal distribution, scaled by each block's absmax.
+class TableQuantizer(Quantizer):
+    """A published codebook, scaled to each group: x ~ scale * codebook[code]. Nothing is learned.
 
-    Codes and scales equal those of bitsandbytes, without double_quant to the bit. Nothing is learned; for a codebook
-    that starts here and trains, take `KMeansQuantizer(init="nf4")`.
+    | family | bits | values | source |
+    |---|---|---|---|
+    | nf | 2 to 8 | quantiles of a normal distribution | QLoRA, arXiv 2305.14314 |
+    | af | 4 | least absolute error on scaled normal weights | arXiv 2306.06965 |
+    | pot | 2 to 5 | zero and powers of two | INQ, arXiv 1702.03044 |
+    | apot | 2 to 8 | sums of powers of two | arXiv 1909.13144 |
+    | binary | 1 | -1, 1 | XNOR-Net, arXiv 1603.05279 |
+    | ternary | 2 | -1, 0, 1 | BitNet b1.58, arXiv 2402.17764; TWN, arXiv 1605.04711 |
+
+    Codes and scales of nf with 4 bits equal those of bitsandbytes, without double_quant to the bit. For a codebook that
+    starts here and trains, take `KMeansQuantizer(init="nf4")`.
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
-        bits: 4.
+        family, bits: which codebook.
         granularity: blocks; `per_flat_group_64` is bitsandbytes' layout for sizes that 64 does not divide.
+        rule: how the scale follows from x: `absmax`, or for binary and ternary `absmean` or `twn`.
         double_quant: store the scales in 8 bits as well, minus their mean, in blocks of 256 with their own scale.
     """
 
-    rule = "absmax"
     codebook: Tensor
+    codebook_dtype = torch.float32  # one for the whole tensor, exactly as published
 
     def __init__(
         self,
         shape: Sequence[int],
+        family: str = "nf",
         bits: int = 4,
         granularity: str | Granularity = "per_group_64",
+        rule: str = "absmax",
         double_quant: bool = False,
         scale_dtype: str = "float32",
     ) -> None:
-        if bits != 4:
-            raise InputError(f"NF4 has 4 bits, not {bits}; for another width use quantizer kmeans or lsq.")
-        super().__init__(shape, CodebookFormat(16), granularity, scale_dtype)
+        values = fixed_codebook(family, bits)
+        super().__init__(shape, CodebookFormat(len(values)), granularity, scale_dtype)
+        self.rule = check_rule(rule)
         self.double_quant = double_quant
-        values = table(NF4)
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
 
     def qparams(self, x: Tensor) -> QParams:
+        assert self.rule is not None
         (scale, *_) = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
         assert isinstance(scale, Tensor)
         return QParams(quantize_scales(scale) if self.double_quant else scale, codebook=self.codebook)
