@@ -5,7 +5,7 @@
 TEXTS is a folder with the training texts, *.train.txt, and the evaluation text, wiki106.val.txt; documents are
 separated by lines of <|endoftext|>. The model is SmolLM2-135M off its grid (benchmarks/off_grid.py). Three figures for
 each grid, all over 512-token windows of the evaluation text: `ppl_fp`, the model trained without quantization;
-`ppl_rtn`, that model rounded; `ppl_qat`, the untrained model trained with the grid on the same tokens in the same order.
+`ppl_rtn`, that model rounded; `ppl_qat`, the untrained model trained with the grid on the same tokens in their order.
 All linear layers but the head are quantized, weights only. Adam, 8 x 512 tokens a step, bf16 autocast, cosine to a
 tenth; one seed.
 """
