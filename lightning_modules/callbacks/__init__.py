@@ -3,7 +3,8 @@
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.seed import StepSeed
+from lightning_modules.callbacks.smooth_start import SmoothStart
 from lightning_modules.callbacks.stop import GracefulStop, Stopped
 from lightning_modules.checkpoint import LastCheckpoint
 
-__all__ = ["GracefulStop", "LastCheckpoint", "ProgressBar", "QuantizerMonitor", "StepSeed", "Stopped"]
+__all__ = ["GracefulStop", "LastCheckpoint", "ProgressBar", "QuantizerMonitor", "SmoothStart", "StepSeed", "Stopped"]

@@ -85,8 +85,11 @@ class Quantizer(nn.Module, ABC):
         if self.observer is not None:
             self.observer.update(self.granularity.view(x.detach()))
             return x
+        strength = self.strength if self.training else 1.0
+        if strength == 0:
+            return x
         x_hat = self._drawn(x) if self.stochastic else self._fake_quantized(x)
-        return torch.lerp(x, x_hat, self.strength) if self.training and self.strength < 1 else x_hat
+        return x_hat if strength == 1 else torch.lerp(x, x_hat, strength)
 
     def _fake_quantized(self, x: Tensor) -> Tensor:
         return ops.fake_quantize(x, self.ready_qparams(x), self.format, self.granularity)
