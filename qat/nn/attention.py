@@ -109,7 +109,7 @@ def _selecting_attention(
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         mask = torch.arange(length, device=query.device) < ends[:, None]
-    weights = F.softmax(_masked(scores, mask), dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = _softmax(scores, mask).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     quantized = _seen_quantized(kv.value_schedule, ends, length)
     out = weights.masked_fill(~quantized, 0) @ value_hat + weights.masked_fill(quantized, 0) @ value
@@ -121,11 +121,21 @@ def _seen_quantized(schedule: Schedule, ends: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=ends.device) < schedule.quantized_until(ends)[:, None]
 
 
-def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax in float32 or better over what `mask` allows; zeros for a query that sees nothing.
+
+    Such a query is padding. If it attended to everything, as eager attention lets it, its key in the next layer would
+    know later tokens, and tell them to the tokens it shares a scale with.
+    """
+    precise = torch.promote_types(scores.dtype, torch.float32)
     if mask is None:
-        return scores
+        return F.softmax(scores, dim=-1, dtype=precise)
     mask = mask[..., : scores.shape[-1]]
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    if mask.dtype != torch.bool:
+        scores = scores + mask.masked_fill(hidden, 0)
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    return F.softmax(scores, dim=-1, dtype=precise).masked_fill(hidden, 0)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
