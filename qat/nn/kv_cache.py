@@ -79,8 +79,9 @@ class QuantizedLayer(CacheLayerMixin):
         Raises:
             InputError: if tokens that remain would have to return to full precision.
         """
-        length = self.get_seq_length()
-        kept = max(0, length + tokens_to_remove) if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        # Assisted decoding counts in tensors.
+        change, length = int(tokens_to_remove), self.get_seq_length()
+        kept = max(0, length + change) if change <= 0 else min(change, length)
         for stored in self._both:
             stored.check_crop(kept)
         for stored in self._both:

@@ -153,7 +153,7 @@ def test_changes_of_the_batch(layout):
         assert torch.allclose(logits, expected, atol=1e-5), change
 
 
-@pytest.mark.parametrize("tokens_to_remove", [-8, 32], ids=["remove_8", "keep_32"])
+@pytest.mark.parametrize("tokens_to_remove", [-8, 32, torch.tensor(-8)], ids=["remove_8", "keep_32", "tensor"])
 def test_cropping_then_going_on(tokens_to_remove):
     model, ids = quantized("int4"), tokens()
     _, cache = in_parts(model, ids, [40])

@@ -53,6 +53,14 @@ def test_append_returns_what_was_quantized_before_it():
     assert torch.equal(both[..., 4:, :], x[..., 4:, :])
 
 
+@pytest.mark.parametrize("window", [0, 3, 30])
+def test_what_is_stored_holds_no_graph(window):
+    store, x = stored(INT4, window), torch.randn(1, 2, 9, 16, requires_grad=True)
+    assert store.append(x).requires_grad
+    assert not store.tail.requires_grad
+    assert not store.append(x.detach()).requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_tokens_come_back_in_their_dtype(dtype):
     store, x = stored(INT4, window=2), torch.randn(1, 2, 9, 16, dtype=dtype)

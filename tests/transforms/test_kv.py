@@ -60,7 +60,7 @@ def test_calibration_sees_the_keys_of_all_batches():
 def test_stored_and_restored_models_compute_the_same(layout):
     model, ids = quantized(layout), tokens()
     plain = tiny()
-    trained = whole(model, ids)
+    trained, (_, cache) = whole(model, ids), in_parts(model, ids, [40])
     store_kv(model)
     description = json.loads(json.dumps(describe_kv(model)))
     loaded = restore_kv(plain, description)
@@ -68,8 +68,9 @@ def test_stored_and_restored_models_compute_the_same(layout):
     assert torch.equal(whole(model, ids), trained)
     assert torch.equal(whole(loaded, ids), trained)
     assert not any(isinstance(module, Quantizer) for module in loaded.modules())
-    logits, _ = in_parts(loaded, ids, [7, 5, 1, 27])
+    logits, restored = in_parts(loaded, ids, [7, 5, 1, 27])
     assert torch.allclose(logits, trained, atol=1e-5)
+    assert restored.nbytes == cache.nbytes
 
 
 def test_the_quantizers_survive_an_untouched_round_of_state():
