@@ -105,14 +105,16 @@ def _selecting_attention(
     (key, key_hat), (value, value_hat) = ([_repeated(form, heads) for form in forms] for forms in (keys, values))
     kv: Any = module.kv_quantizer
     ends = torch.arange(length - queries + 1, length + 1, device=query.device)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.where(_seen_quantized(kv.key_schedule, ends, length), query @ key_hat.mT, query @ key.mT)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         mask = torch.arange(length, device=query.device) < ends[:, None]
-    weights = _softmax(scores, mask).to(query.dtype)
+    scores, blind = (scores, None) if mask is None else _masked(scores, mask[..., :length])
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     quantized = _seen_quantized(kv.value_schedule, ends, length)
     out = weights.masked_fill(~quantized, 0) @ value_hat + weights.masked_fill(quantized, 0) @ value
+    out = out if blind is None else out.masked_fill(blind, 0)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -121,21 +123,17 @@ def _seen_quantized(schedule: Schedule, ends: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=ends.device) < schedule.quantized_until(ends)[:, None]
 
 
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax in float32 or better over what `mask` allows; zeros for a query that sees nothing.
+def _masked(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`scores` under a boolean or an additive mask; and which queries see nothing, `[..., T, 1]`.
 
     Such a query is padding. If it attended to everything, as eager attention lets it, its key in the next layer would
     know later tokens, and tell them to the tokens it shares a scale with.
     """
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    if mask is None:
-        return F.softmax(scores, dim=-1, dtype=precise)
-    mask = mask[..., : scores.shape[-1]]
-    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    if mask.dtype != torch.bool:
-        scores = scores + mask.masked_fill(hidden, 0)
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return F.softmax(scores, dim=-1, dtype=precise).masked_fill(hidden, 0)
+    lowest = torch.finfo(scores.dtype).min
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, lowest), ~mask.any(-1, keepdim=True)
+    hidden = mask <= torch.finfo(mask.dtype).min
+    return (scores + mask).clamp(min=lowest), hidden.all(-1, keepdim=True)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:

@@ -110,6 +110,8 @@ def _install(model: Any, installed: Mapping[str, KVQuantizer]) -> None:
     register()
     decoder = _decoder(model, [model.get_submodule(name) for name in installed])
     model.set_attn_implementation(PREFIX + _implementation(model))
+    if not all(model.get_submodule(name).config._attn_implementation.startswith(PREFIX) for name in installed):
+        raise InputError(f"{type(model).__name__} keeps its own attention implementation. {_UNSUPPORTED}")
     for name, kv in installed.items():
         model.get_submodule(name).kv_quantizer = kv.train(model.training)
     if use_quantized_cache not in decoder._forward_pre_hooks.values():

@@ -10,18 +10,24 @@ from qat.nn.kv_quantizer import kv_layers
 from qat.transforms.kv import quantize_kv
 from tests.nn.kv_models import INT4, LAYOUTS, MODELS, STATIC, in_parts, quantized, tiny, tokens, whole
 
-PARTS = {"one_by_one": [1] * 40, "chunks": [7, 5, 1, 1, 20, 6]}
+CHUNKS = [7, 5, 1, 1, 20, 6]
 SOME = ["int4", "kivi4_window8"]
 greedy = {"do_sample": False, "max_new_tokens": 12}
 
 
-@pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_generation_computes_what_training_simulates(layout, sizes):
+def test_generation_computes_what_training_simulates(layout):
     model, ids = quantized(layout), tokens()
-    logits, cache = in_parts(model, ids, sizes)
+    logits, cache = in_parts(model, ids, CHUNKS)
     assert torch.allclose(logits, whole(model, ids), atol=1e-5)
     assert cache.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4", "int2", "nf4", "kivi4_window8", "kivi32"])
+def test_token_by_token_too(layout):
+    model, ids = quantized(layout), tokens()
+    logits, _ = in_parts(model, ids, 1)
+    assert torch.allclose(logits, whole(model, ids), atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -29,7 +35,7 @@ def test_generation_computes_what_training_simulates(layout, sizes):
 @pytest.mark.parametrize("layout", SOME)
 def test_every_model_and_implementation(layout, kind, implementation):
     model, ids = quantized(layout, kind, attn_implementation=implementation), tokens()
-    logits, _ = in_parts(model, ids, PARTS["chunks"])
+    logits, _ = in_parts(model, ids, CHUNKS)
     assert torch.allclose(logits, whole(model, ids), atol=1e-5)
 
 

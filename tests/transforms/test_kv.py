@@ -171,6 +171,15 @@ def test_other_attention_implementations_are_refused():
         quantize_kv(model, INT4, INT4)
 
 
+def test_a_model_that_keeps_its_attention_is_refused(monkeypatch):
+    """transformers only logs a warning when a model cannot change it."""
+    model = tiny()
+    monkeypatch.setattr(type(model), "set_attn_implementation", lambda *_: None)
+    with pytest.raises(InputError, match="keeps its own attention implementation"):
+        quantize_kv(model, INT4, INT4)
+    assert not list(kv_layers(model))
+
+
 def test_the_order_of_calls_is_explained():
     model = quantize_kv(tiny(), INT4, INT4)
     with pytest.raises(InputError, match="has KV quantizers already"):
