@@ -15,7 +15,6 @@ class QuantizedLayer(CacheLayerMixin):
     """The cache of one attention layer; its keys and values have a schedule each."""
 
     is_sliding = False
-    is_compileable = False
     supports_early_init = False
 
     def __init__(self, quantizer: KVQuantizer) -> None:
@@ -58,9 +57,6 @@ class QuantizedLayer(CacheLayerMixin):
         self.is_initialized = False
         for stored in self._both:
             stored.clear()
-
-    def offload(self) -> None:
-        raise InputError("A quantized KV cache cannot be offloaded: leave cache_implementation out.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -2,6 +2,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from qat.errors import InputError
@@ -26,6 +28,16 @@ BLOCKS = MinMaxQuantizer((0, 16), bits=2, granularity="per_block_4x1", symmetric
 def test_how_many_tokens_are_quantized_at_each_length(schedule, expected):
     assert [schedule.quantized_until(length) for length in range(10)] == expected
     assert schedule.quantized_until(torch.arange(10)).tolist() == expected
+
+
+@settings(deadline=None)
+@given(group=st.integers(1, 64), window=st.integers(0, 200), length=st.integers(0, 1000))
+def test_whole_groups_beyond_the_window_and_no_fewer(group, window, length):
+    schedule = Schedule(group, window)
+    quantized = schedule.quantized_until(length)
+    assert quantized % group == 0
+    assert 0 <= quantized <= max(0, length - window) < quantized + group
+    assert quantized <= schedule.quantized_until(length + 1)
 
 
 def test_a_window_and_incomplete_groups_keep_their_bits():

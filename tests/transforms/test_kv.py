@@ -73,7 +73,7 @@ def test_stored_and_restored_models_compute_the_same(layout):
     assert restored.nbytes == cache.nbytes
 
 
-def test_the_quantizers_survive_an_untouched_round_of_state():
+def test_a_checkpoint_brings_the_scales_back():
     model, ids = quantized("static"), tokens()
     other = quantize_kv(tiny(), STATIC, partial(STATIC, symmetric=False))
     other.load_state_dict(model.state_dict())
