@@ -63,11 +63,26 @@ class StoredActivation(nn.Module):
         return stored
 
     def forward(self, x: Tensor) -> Tensor:
+        return ops.fake_quantize(x, self.qparams(x), self.format, self.granularity)
+
+    def qparams(self, x: Tensor) -> QParams:
+        """The stored qparams, or those that the rule finds for `x`."""
         qparams = QParams(*(getattr(self, name) for name in QParams._fields))
-        if self.rule is not None:
-            found = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
-            qparams = found._replace(codebook=self.codebook)
-        return ops.fake_quantize(x, qparams, self.format, self.granularity)
+        if self.rule is None:
+            return qparams
+        found = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        return found._replace(codebook=self.codebook)
+
+    @torch.no_grad()
+    def quantize(self, x: Tensor) -> QuantizedTensor:
+        """Quantize `x` for storage, as `Quantizer.quantize` does: `self(x)` equals what the codes stand for."""
+        scale, zero_point, *others = qparams = self.qparams(x)
+        assert isinstance(scale, Tensor)  # from_quantizer stores no other
+        codes = ops.quantize(x, qparams, self.format, self.granularity)
+        stored = QParams(
+            scale.to(self.scale_dtype), None if zero_point is None else zero_point.to(torch.uint8), *others
+        )
+        return QuantizedTensor(codes, stored, self.format, self.granularity, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, {self.granularity}, {self.rule or 'static'}"
