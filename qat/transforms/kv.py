@@ -201,7 +201,7 @@ def _check_layout(quantizer: Quantizer) -> None:
     elif quantizer.initialized:
         raise InputError(
             f"{type(quantizer).__name__} computes its qparams from x but names no rule, so they cannot be stored. "
-            "Set its `rule` to one of qat.numerics.functional.DYNAMIC_RULES."
+            "Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
         )
     elif granularity not in (PerTensor(), PerChannel(-1)):
         raise InputError(

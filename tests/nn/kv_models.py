@@ -5,7 +5,14 @@ from functools import partial
 import torch
 
 from qat.nn.kv_cache import QuantizedCache
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NF4Quantizer, NoQuantizer
+from qat.quantizers import (
+    KMeansQuantizer,
+    LSQQuantizer,
+    MicroscalingQuantizer,
+    MinMaxQuantizer,
+    NoQuantizer,
+    TableQuantizer,
+)
 from qat.transforms import calibrate
 from qat.transforms.kv import quantize_kv
 from tests.conftest import tiny_llama
@@ -15,7 +22,9 @@ INT8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 INT4 = partial(MinMaxQuantizer, bits=4, granularity="per_token")
 INT4_GROUP = partial(MinMaxQuantizer, bits=4, granularity="per_group_8", symmetric=False)
 INT2 = partial(MinMaxQuantizer, bits=2, granularity="per_token", symmetric=False)
-NF4 = partial(NF4Quantizer, granularity="per_token")
+NF4 = partial(TableQuantizer, granularity="per_token")
+FP8 = partial(MinMaxQuantizer, bits=8, format="fp8_e4m3", granularity="per_token")
+MXFP4 = partial(MicroscalingQuantizer, granularity="per_group_16")
 STATIC = partial(MinMaxQuantizer, bits=8, granularity="per_tensor", dynamic=False)
 LEARNED = partial(LSQQuantizer, bits=4, granularity="per_channel_-1")
 CODEBOOK = partial(KMeansQuantizer, bits=3, granularity="per_tensor")
@@ -33,6 +42,8 @@ LAYOUTS = {
     "int2": (INT2, INT2, 0),
     "nf4": (NF4, NF4, 0),
     "nf4_group": (partial(NF4, granularity="per_group_8"), INT4_GROUP, 0),
+    "fp8": (FP8, FP8, 0),
+    "mxfp4": (MXFP4, MXFP4, 0),
     "kivi4": (kivi(4), INT2, 0),
     "kivi4_window8": (kivi(4), INT2, 8),
     "kivi32": (kivi(32), INT4_GROUP, 0),

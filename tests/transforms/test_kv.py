@@ -12,7 +12,7 @@ from qat.nn import StoredActivation
 from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.formats import IntFormat
 from qat.numerics.qtensor import QParams
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NF4Quantizer, NoQuantizer, Quantizer
+from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, TableQuantizer
 from qat.transforms import calibrate, uncalibrated
 from qat.transforms.kv import describe_kv, quantize_kv, restore_kv, store_kv
 from tests.conftest import tiny_llama
@@ -122,7 +122,7 @@ class Unnamed(Quantizer):
         (partial(LSQQuantizer, granularity="per_token"), "per_tensor or per_channel_-1, not per_token"),
         (partial(MinMaxQuantizer, granularity="per_token", dynamic=False), "static quantizer cannot be per_token"),
         (partial(MinMaxQuantizer, granularity="per_group_12"), "keys of head_dim 16: .*12 does not divide 16"),
-        (partial(NF4Quantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
+        (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
         (Unnamed, "names no rule"),
         (partial(INT4, bitz=3), "refused its options.*bitz"),
     ],
