@@ -1,6 +1,7 @@
 """Result files: what was measured, on what, with which versions and by which command."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -51,7 +52,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked when the working tree differs from it."""
+    """The commit that was measured, marked when the working tree differs from it.
+
+    A copy without its repository, on a machine that was lent a GPU, says it by the variable QAT_COMMIT.
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ["QAT_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
