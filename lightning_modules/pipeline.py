@@ -24,7 +24,7 @@ from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
 from qat.nn import PackedLinear, QuantLinear
-from qat.transforms import quant_linears, uncalibrated
+from qat.transforms import quant_layers, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
@@ -85,7 +85,7 @@ class Job:
         self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
         self._measure(FULL, sum(count * width for count, width in sizes))
         self._prepare()
-        quantized = any(True for _ in quant_linears(self.model))
+        quantized = any(True for _ in quant_layers(self.model))
         if quantized:
             self._measure(ROUNDED)
         if self.cfg.fit:

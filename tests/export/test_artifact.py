@@ -116,7 +116,7 @@ def damage(artifact, kind):
         config.write_text(json.dumps(settings))
     elif kind == "garbled":
         settings = json.loads(config.read_text())
-        del next(iter(settings["layers"].values()))["weight"]["granularity"]
+        del next(iter(settings["layers"].values()))["weights"]["weight"]["granularity"]
         config.write_text(json.dumps(settings))
 
 

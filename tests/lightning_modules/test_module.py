@@ -15,7 +15,7 @@ from lightning_modules.loggers import CSVLogger
 from lightning_modules.report import Report, plot_training
 from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
-from qat.transforms import quant_linears
+from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
 
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
@@ -49,7 +49,7 @@ def test_the_first_layer_with_a_nan_is_found():
 
 def test_the_monitor_measures_what_it_says():
     model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3))
-    _, layer = next(quant_linears(model))
+    _, layer = next(quant_layers(model))
     figures = measure_weight(layer.weight_quantizer, layer.weight)
     assert 8 < figures["sqnr"] < 20
     assert figures["code_use"] == 1
