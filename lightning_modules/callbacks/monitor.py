@@ -73,9 +73,10 @@ class QuantizerMonitor(Callback):
 
     def _log_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {
-            name.removeprefix("model."): measure_weight(layer.weight_quantizer, layer.weight)
+            _label(name, weight_name): measure_weight(quantizer, matrix)
             for name, layer in quant_layers(pl_module)
-            if isinstance(layer.weight_quantizer, Quantizer)
+            for weight_name, matrix, quantizer in layer.weights()
+            if isinstance(quantizer, Quantizer)
         }
         self._log(trainer, "weights", measured, trainer.global_step)
 
@@ -95,6 +96,11 @@ class QuantizerMonitor(Callback):
         if metrics:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
+
+
+def _label(layer: str, weight: str) -> str:
+    """What the figures of a weight are called: as its layer, if it has but one."""
+    return layer.removeprefix("model.") + ("" if weight == "weight" else f".{weight}")
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             "bits_per_weight": bits_per_weight(model),
             "sha256": _sha256(temporary / _WEIGHTS),
             "attention": getattr(parts[0], "_attn_implementation", None),
+            "experts": getattr(parts[0], "_experts_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
         }
@@ -95,7 +96,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
-    model = _empty_model(folder, config.get("attention"), trust_remote_code) if model is None else model
+    model = _empty_model(folder, config, trust_remote_code) if model is None else model
     conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
     for name, description in config["layers"].items():
         replace(model, name, _allocate(name, description, model))
@@ -204,7 +205,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _empty_model(folder: Path, attention: str | None, trust_remote_code: bool) -> nn.Module:
+def _empty_model(folder: Path, stored: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -214,10 +215,13 @@ def _empty_model(folder: Path, attention: str | None, trust_remote_code: bool) -
         raise InputError(
             f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
         ) from error
+    # The implementations that trained: others sum in another order.
+    chosen = {"attn_implementation": stored.get("attention"), "experts_implementation": stored.get("experts")}
+    given = {name: value for name, value in chosen.items() if value is not None}
     # Buffers that are computed, not stored (rotary frequencies), must be real.
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            config, dtype=config.dtype, trust_remote_code=trust_remote_code, **given
         )
 
 

@@ -93,7 +93,7 @@ class PackedTensor(nn.Module):
     def _field_of_rows(self, name: str, rows: Tensor) -> Tensor | None:
         """The qparams of `rows`, for a field that has some for each row; else all of it."""
         field = getattr(self, name, None)
-        values = field.dequantize() if isinstance(field, PackedTensor) else field
+        values = field.quantized().dequantize() if isinstance(field, PackedTensor) else field
         return values if values is None or len(values) != self.shape[0] else values.index_select(0, rows)
 
     def extra_repr(self) -> str:

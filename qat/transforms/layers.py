@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qat.nn import QuantLayer, quant_class
+from qat.nn import PackedLayer, QuantLayer, quant_class
 from qat.nn.experts import is_experts
 from qat.transforms.rules import Scheme
 
@@ -15,6 +15,11 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
             yield name, module
+
+
+def quantizes_weights(model: nn.Module) -> bool:
+    """Whether a weight of `model` has codes, or gets them when converted; quantized gradients alone leave it full."""
+    return any(isinstance(m, PackedLayer) or (isinstance(m, QuantLayer) and m.packs) for m in model.modules())
 
 
 def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
