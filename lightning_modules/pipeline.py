@@ -93,7 +93,7 @@ class Job:
         if quantized and self.cfg.export:
             self._export()
         elif self.cfg.export:
-            self._say("Nothing was exported: the scheme quantizes no weight. The trained weights are in checkpoints/.")
+            self._say("Nothing was exported: the scheme quantizes no weight.")
         self.report.print(self.console)
         self._draw()
         return self.report.rows
@@ -107,10 +107,7 @@ class Job:
         if self.report.has(row, step):
             return
         model = self.module.model
-        if quantizes_weights(model):
-            bits = bits_per_weight(model)
-        else:
-            bits = 8.0 * next(model.parameters()).element_size()
+        bits = bits_per_weight(model) if quantizes_weights(model) else _full_bits(model)
         self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
         if "val/perplexity" not in self.trainer.callback_metrics:
             raise InputError("Nothing was evaluated: set trainer.limit_val_batches to 1.0 or a number of batches.")
@@ -167,6 +164,10 @@ class Job:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
         if metrics.is_file() and plot_training(metrics, picture, self.report.title):
             self._say(f"picture: {picture}")
+
+
+def _full_bits(model: nn.Module) -> float:
+    return 8.0 * next(model.parameters()).element_size()
 
 
 def _loggers(cfg: DictConfig) -> list[Logger]:

@@ -1,6 +1,7 @@
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
+from tests.models import tiny_mixtral
 
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
@@ -59,6 +61,16 @@ def test_the_monitor_measures_what_it_says():
     codebook = KMeansQuantizer(layer.weight.shape, bits=4)
     codebook.initialize(layer.weight)
     assert measure_weight(codebook, layer.weight)["clipped"] == 0
+
+
+def test_the_weights_of_experts_are_monitored_by_name():
+    model = qat.prepare(tiny_mixtral(), qat.Scheme(weight=LSQ3, embedding=True))
+    found = []
+    monitor = QuantizerMonitor()
+    monitor._log = lambda trainer, what, measured, step: found.append(measured)
+    monitor._log_weights(SimpleNamespace(global_step=0), model)
+    assert {"layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "embed_tokens"} <= found[0].keys()
+    assert all(10 < figures["sqnr"] < 25 for figures in found[0].values())
 
 
 def test_computed_buffers_keep_their_dtype():

@@ -147,7 +147,7 @@ def test_a_router_that_is_a_linear_layer_stays_too():
     model = qat.prepare(nn.Sequential(Block()), qat.Scheme(weight=LSQ4))
     assert type(model[0].gate) is nn.Linear
     assert len(list(quant_layers(model))) == 4
-    with pytest.raises(InputError, match="matches only the router 0.gate, which stays in full precision"):
+    with pytest.raises(InputError, match=r"matches only the router 0.gate, which stays in full precision"):
         qat.prepare(nn.Sequential(Block()), qat.Scheme(weight=LSQ4, rules={"x": qat.Rule("*.gate", weight=LSQ4)}))
 
 
@@ -162,7 +162,7 @@ def test_a_router_that_is_a_linear_layer_stays_too():
 )
 def test_odd_sizes_are_refused_with_those_that_work_or_padded(layer, x):
     grouped = partial(MinMaxQuantizer, bits=4, granularity="per_group_64")
-    with pytest.raises(InputError, match="64 does not divide 100. Sizes that do: 10, 20, 25, 50, 100"):
+    with pytest.raises(InputError, match=r"64 does not divide 100. Sizes that do: 10, 20, 25, 50, 100"):
         qat.prepare(nn.Sequential(layer), qat.Scheme(weight=grouped, embedding=True))
     padded = partial(MinMaxQuantizer, bits=4, granularity="per_flat_group_64")
     model = qat.prepare(nn.Sequential(layer), qat.Scheme(weight=padded, embedding=True))
@@ -241,7 +241,7 @@ def test_embeddings_wait_to_be_asked_for():
     model = qat.prepare(net(), qat.Scheme(weight=LSQ4))
     assert type(model[0]) is nn.Embedding
     assert isinstance(qat.prepare(net(), qat.Scheme(weight=LSQ4, embedding=True))[0], QuantEmbedding)
-    with pytest.raises(InputError, match="embedding 0, which stays in full precision unless scheme.embedding=true"):
+    with pytest.raises(InputError, match=r"embedding 0, which stays in full precision unless scheme.embedding=true"):
         qat.prepare(net(), qat.Scheme(weight=LSQ4, rules={"x": qat.Rule("0", weight=LSQ4)}))
 
 
@@ -251,6 +251,14 @@ def test_an_embedding_takes_no_input_quantizer():
     rules = {"table": qat.Rule("*.embed_tokens", weight=LSQ4, input=TOKEN8)}
     with pytest.raises(InputError, match=r"embed_tokens is an embedding: .* takes no input"):
         qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ4, rules=rules, embedding=True))
+
+
+def test_embeddings_that_are_not_there_are_named():
+    class Scaled(nn.Embedding):
+        pass
+
+    with pytest.raises(InputError, match=r"no plain nn.Embedding, .* set scheme.embedding=false"):
+        qat.prepare(nn.Sequential(Scaled(8, 64), nn.Linear(64, 8)), qat.Scheme(weight=LSQ4, embedding=True))
 
 
 def test_an_embedding_that_rescales_its_rows_is_refused():
