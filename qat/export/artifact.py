@@ -215,13 +215,15 @@ def _empty_model(folder: Path, stored: Mapping[str, Any], trust_remote_code: boo
         raise InputError(
             f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
         ) from error
-    # The implementations that trained: others sum in another order.
-    chosen = {"attn_implementation": stored.get("attention"), "experts_implementation": stored.get("experts")}
-    given = {name: value for name, value in chosen.items() if value is not None}
+    if stored.get("experts") is not None:
+        config._experts_implementation = stored["experts"]  # the one that trained: others sum in another order
     # Buffers that are computed, not stored (rotary frequencies), must be real.
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype, trust_remote_code=trust_remote_code, **given
+            config,
+            dtype=config.dtype,
+            attn_implementation=stored.get("attention"),
+            trust_remote_code=trust_remote_code,
         )
 
 

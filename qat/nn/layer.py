@@ -4,6 +4,7 @@ The weight of every kind of layer is quantized as a matrix `[rows, columns]`, a 
 granularity means the same everywhere.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +31,7 @@ class QuantWeight(NamedTuple):
     quantizer: Quantizer | NoQuantizer
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(nn.Module, ABC):
     """Mixed into a layer that takes over the Parameters of a plain one and quantizes them as it uses them.
 
     The quantizer of the Parameter `weight` is the submodule `weight_quantizer`, that of `down_proj` is
@@ -47,17 +48,17 @@ class QuantLayer(nn.Module):
         return {"weight": module.weight}
 
     @staticmethod
+    @abstractmethod
     def features(module: Any) -> tuple[int | None, int]:
         """Size of the last dimension of the input, None where the input holds no activations, and of the output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """The layer without its quantizers, holding the same Parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> "PackedLayer":
         """The layer that stores `weights`."""
-        raise NotImplementedError
 
     def weights(self) -> Iterator[QuantWeight]:
         """Every weight with its quantizer."""
