@@ -49,10 +49,18 @@ def tiny_gpt_oss():
     return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=16))
 
 
+def tiny_gemma():
+    """Its embedding scales its rows, and is tied."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, head_dim=16, tie_word_embeddings=True))
+
+
 LANGUAGE_MODELS = {
     "llama, tied": tiny_llama,
     "llama, untied": lambda: tiny_llama(tie_word_embeddings=False),
     "gpt2": tiny_gpt2,
+    "gemma3": tiny_gemma,
     "mixtral": tiny_mixtral,
     "qwen3 moe": tiny_qwen_moe,
     "gpt-oss": tiny_gpt_oss,

@@ -4,6 +4,7 @@ from torch import nn
 
 from qat.nn.activation import StoredActivation
 from qat.nn.conv import PackedConv1d, PackedConv2d, QuantConv1d, QuantConv2d
+from qat.nn.custom_embedding import PackedCustomEmbedding, QuantCustomEmbedding
 from qat.nn.embedding import PackedEmbedding, QuantEmbedding
 from qat.nn.experts import PackedExperts, QuantExperts, is_experts
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
@@ -16,6 +17,7 @@ __all__ = [
     "LayerQuantizers",
     "PackedConv1d",
     "PackedConv2d",
+    "PackedCustomEmbedding",
     "PackedEmbedding",
     "PackedExperts",
     "PackedLayer",
@@ -23,6 +25,7 @@ __all__ = [
     "PackedTensor",
     "QuantConv1d",
     "QuantConv2d",
+    "QuantCustomEmbedding",
     "QuantEmbedding",
     "QuantExperts",
     "QuantLayer",
@@ -33,7 +36,8 @@ __all__ = [
 ]
 
 PACKED_LAYERS = {
-    layer.kind: layer for layer in (PackedLinear, PackedEmbedding, PackedConv1d, PackedConv2d, PackedExperts)
+    layer.kind: layer
+    for layer in (PackedLinear, PackedEmbedding, PackedCustomEmbedding, PackedConv1d, PackedConv2d, PackedExperts)
 }
 
 # Exact types: a subclass computes something else than its base class does.
@@ -47,6 +51,10 @@ _QUANT_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
 
 def quant_class(module: nn.Module) -> type[QuantLayer] | None:
     """The class that takes the place of the plain `module` while training; None where nothing can be quantized."""
-    if is_experts(module) and not isinstance(module, QuantLayer | PackedLayer):
+    if isinstance(module, QuantLayer | PackedLayer):
+        return None
+    if is_experts(module):
         return QuantExperts
+    if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+        return QuantCustomEmbedding
     return _QUANT_CLASSES.get(type(module))

@@ -45,8 +45,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     weight_quantizer: Quantizer | NoQuantizer
 
     def __init__(self, embedding: nn.Embedding, quantizers: LayerQuantizers) -> None:
-        if embedding.max_norm is not None or embedding.sparse:
-            raise InputError("An embedding with max_norm or sparse=True cannot be quantized: unset them or exclude it.")
+        check_quantizable(embedding)
         super().__init__(**_options(embedding))
         self.weight = embedding.weight
         self._adopt(embedding, quantizers)
@@ -67,6 +66,12 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
 
     def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
         return PackedEmbedding(self, weights, input, output)
+
+
+def check_quantizable(embedding: nn.Embedding) -> None:
+    """Refuse what needs the full-precision table itself."""
+    if embedding.max_norm is not None or embedding.sparse:
+        raise InputError("An embedding with max_norm or sparse=True cannot be quantized: unset them or exclude it.")
 
 
 def _options(embedding: nn.Embedding) -> dict[str, Any]:

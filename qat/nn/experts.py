@@ -1,15 +1,14 @@
 """Mixture-of-experts weights: modules that hold `[experts, out, in]` Parameters and multiply by them themselves."""
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
 from qat.nn.packed import PackedTensor
 from qat.nn.quantize_grad import quantize_grad
+from qat.nn.stand_in import StandIn
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -20,48 +19,20 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-class _Experts(nn.Module):
-    """Stands in the place of an experts module, holds its tensors under their names, and answers as it would.
+class _Experts(StandIn):
+    """Takes weights as the matrices `[experts * out, in]` that they are quantized as."""
 
-    The module itself stays behind as `shell`, without tensors of its own: its forward is called with them and with the
-    weights that take the place of the quantized ones. It is no submodule, so every tensor has one name.
-    """
-
-    shell: nn.Module
-
-    def _take_over(self, module: Any, without: tuple[str, ...] = ()) -> None:
-        shell = _shell_of(module)
+    def _take_over(self, module: Any, without: Collection[str] = ()) -> None:
+        super()._take_over(module, without)
         self.shapes = {name: tuple(getattr(module, name).shape) for name in _weight_names(module)}
         self.transposed = _is_transposed(module)
-        for name, parameter in module._parameters.items():
-            if name not in without:
-                self.register_parameter(name, parameter)
-        for name, buffer in module._buffers.items():
-            self.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
-        for name in shell._modules:
-            self.add_module(name, getattr(module, name))
-        self.__dict__["shell"] = shell
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "shell" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["shell"], name)
-
-    def train(self, mode: bool = True) -> Any:
-        self.shell.training = mode
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         return ", ".join([type(self.shell).__name__, *(f"{name} {list(s)}" for name, s in self.shapes.items())])
 
-    def _run(self, matrices: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Call the module's own forward with `matrices`, given as `[experts * out, in]`, for its weights."""
-        weights: dict[str, Any] = {name: self._unflattened(name, matrix) for name, matrix in matrices.items()}
-        tensors = {**self._parameters, **self._buffers, **weights}
-        return functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+    def _run(self, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        shaped = {name: self._unflattened(name, matrix) for name, matrix in weights.items()}
+        return super()._run(shaped, *args, **kwargs)
 
     def _unflattened(self, name: str, matrix: Tensor) -> Tensor:
         experts, *sizes = self.shapes[name]
@@ -118,22 +89,10 @@ class QuantExperts(_Experts, QuantLayer):
         return self.output_quantizer(quantize_grad(y, self.grad_quantizer))
 
     def plain(self) -> nn.Module:
-        experts = _shell_of(self.shell)
-        experts._parameters.update({name: self._parameters[name] for name in experts._parameters})
-        experts._buffers.update({name: self._buffers[name] for name in experts._buffers})
-        return experts
+        return self._restored()
 
     def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
         return PackedExperts(self, weights, input, output)
-
-
-def _shell_of(module: Any) -> Any:
-    """A copy of `module`, or of what it stands for, with the same submodules and without tensors of its own."""
-    shell = copy.copy(getattr(module, "shell", module))
-    shell._parameters = dict.fromkeys(shell._parameters)
-    shell._buffers = dict.fromkeys(shell._buffers)
-    shell._modules = dict(shell._modules)
-    return shell
 
 
 def _weight_names(module: Any) -> list[str]:

@@ -45,10 +45,7 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
     if not layers.keys() - kept.keys():
         raise InputError(_nothing_left(kept))
     if scheme.embedding and not any(isinstance(layer, nn.Embedding) for layer in layers.values()):
-        raise InputError(
-            "scheme.embedding=true, but the model has no plain nn.Embedding, and a subclass computes something else: "
-            "set scheme.embedding=false."
-        )
+        raise InputError("scheme.embedding=true, but the model has no nn.Embedding: set scheme.embedding=false.")
     rules = _rules(layers, kept, scheme)
     _check_shared(layers, rules)
     shared: Shared = {}

@@ -12,7 +12,7 @@ from qat.export.artifact import bits_per_weight
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, Quantizer
 from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
-from tests.models import tiny_gpt2
+from tests.models import tiny_gemma, tiny_gpt2
 
 LSQ4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
 WANTED = {
@@ -27,7 +27,7 @@ def ends(model):
 
 
 @pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_gemma], ids=["llama", "gpt2", "gemma3"])
 def test_a_tied_pair_stays_tied(build, wanted, tmp_path):
     model, ids = qat.prepare(build(), qat.Scheme(weight=LSQ4, **wanted)).eval(), torch.randint(0, 96, (2, 9))
     embedding, head = ends(model)
