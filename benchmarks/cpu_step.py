@@ -26,7 +26,7 @@ from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.models import load_smollm2
 from qat.numerics.functional import fake_quantize
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
-from qat.transforms import quant_linears
+from qat.transforms import quant_layers
 
 GROUPS = {"granularity": "per_group_64"}
 ARMS = {
@@ -118,7 +118,7 @@ def _quantize(model: nn.Module, arm: str) -> None:
         quantize_(model, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
     elif factory is not None:
         qat.prepare(model, qat.Scheme(weight=factory))
-        _check(next(layer for _, layer in quant_linears(model)))
+        _check(next(layer for _, layer in quant_layers(model)))
 
 
 def _check(layer: qat.nn.QuantLinear) -> None:

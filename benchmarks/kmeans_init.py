@@ -14,7 +14,7 @@ from lightning_modules.models import load_smollm2
 from qat.export.artifact import bits_per_weight
 from qat.numerics.metrics import sqnr
 from qat.quantizers import KMeansQuantizer
-from qat.transforms import quant_linears
+from qat.transforms import quant_layers
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         qat.prepare(model, qat.Scheme(weight=partial(KMeansQuantizer, bits=bits)))
         seconds = time.perf_counter() - start
         with torch.no_grad():
-            ratios = [sqnr(layer.weight, layer.weight_quantizer(layer.weight)) for _, layer in quant_linears(model)]
+            ratios = [sqnr(layer.weight, layer.weight_quantizer(layer.weight)) for _, layer in quant_layers(model)]
         rows.append(
             {
                 "scheme": f"kmeans{bits}-row",

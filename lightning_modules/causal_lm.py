@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError
+from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
 
 _MEND = "Lower optimizer.lr or module.quantizer_lr, set trainer.gradient_clip_val, or train in 32-true."
@@ -168,7 +169,9 @@ def first_non_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
 
         return hook
 
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) or not any(m.children()))
+    layers = (
+        (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantLayer) or not any(m.children())
+    )
     handles = [m.register_forward_hook(check(name)) for name, m in layers if not isinstance(m, Quantizer | NoQuantizer)]
     try:
         model(**batch)

@@ -23,8 +23,7 @@ from qat import convert, load, prepare
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
-from qat.nn import PackedLinear, QuantLinear
-from qat.transforms import quant_linears, uncalibrated
+from qat.transforms import quantizes_weights, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
@@ -85,7 +84,7 @@ class Job:
         self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
         self._measure(FULL, sum(count * width for count, width in sizes))
         self._prepare()
-        quantized = any(True for _ in quant_linears(self.model))
+        quantized = quantizes_weights(self.model)
         if quantized:
             self._measure(ROUNDED)
         if self.cfg.fit:
@@ -93,6 +92,8 @@ class Job:
             self._measure(TRAINED if quantized else TUNED)
         if quantized and self.cfg.export:
             self._export()
+        elif self.cfg.export:
+            self._say("Nothing was exported: the scheme quantizes no weight.")
         self.report.print(self.console)
         self._draw()
         return self.report.rows
@@ -106,10 +107,7 @@ class Job:
         if self.report.has(row, step):
             return
         model = self.module.model
-        if any(isinstance(layer, QuantLinear | PackedLinear) for layer in model.modules()):
-            bits = bits_per_weight(model)
-        else:
-            bits = 8.0 * next(model.parameters()).element_size()
+        bits = bits_per_weight(model) if quantizes_weights(model) else _full_bits(model)
         self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
         if "val/perplexity" not in self.trainer.callback_metrics:
             raise InputError("Nothing was evaluated: set trainer.limit_val_batches to 1.0 or a number of batches.")
@@ -166,6 +164,10 @@ class Job:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
         if metrics.is_file() and plot_training(metrics, picture, self.report.title):
             self._say(f"picture: {picture}")
+
+
+def _full_bits(model: nn.Module) -> float:
+    return 8.0 * next(model.parameters()).element_size()
 
 
 def _loggers(cfg: DictConfig) -> list[Logger]:

@@ -1,6 +1,6 @@
 """Quantization-aware training: formats, quantizers, layers and export.
 
-prepare(model, scheme)        nn.Linear -> QuantLinear
+prepare(model, scheme)        nn.Linear -> QuantLinear, and so for embeddings, convolutions and experts
 calibrate(model, batches)     static activation quantizers find their scales
 convert(model)                QuantLinear -> PackedLinear
 save(model, folder), load(folder)

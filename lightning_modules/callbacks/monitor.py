@@ -13,7 +13,7 @@ from qat.errors import InputError
 from qat.numerics.metrics import clipped_share, code_use, sqnr
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
-from qat.transforms import quant_linears
+from qat.transforms import quant_layers
 
 Figures = dict[str, float]
 
@@ -73,9 +73,10 @@ class QuantizerMonitor(Callback):
 
     def _log_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = {
-            name.removeprefix("model."): measure_weight(layer.weight_quantizer, layer.weight)
-            for name, layer in quant_linears(pl_module)
-            if isinstance(layer.weight_quantizer, Quantizer)
+            _label(name, weight_name): measure_weight(quantizer, matrix)
+            for name, layer in quant_layers(pl_module)
+            for weight_name, matrix, quantizer in layer.weights()
+            if isinstance(quantizer, Quantizer)
         }
         self._log(trainer, "weights", measured, trainer.global_step)
 
@@ -97,6 +98,11 @@ class QuantizerMonitor(Callback):
                 logger.log_metrics(metrics, step=step)
 
 
+def _label(layer: str, weight: str) -> str:
+    """What the figures of a weight are called: as its layer, if it has but one."""
+    return layer.removeprefix("model.") + ("" if weight == "weight" else f".{weight}")
+
+
 @torch.no_grad()
 def measure_weight(quantizer: Quantizer, weight: Tensor) -> Figures:
     """SQNR (dB), share of weights beyond the grid, and share of codes in use."""
@@ -116,7 +122,7 @@ def _measure_activation(
 def _activation_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
     return [
         (f"{name.removeprefix('model.')}.{role}", quantizer)
-        for name, layer in quant_linears(module)
+        for name, layer in quant_layers(module)
         for role, quantizer in (("input", layer.input_quantizer), ("output", layer.output_quantizer))
         if isinstance(quantizer, Quantizer)
     ]

@@ -6,8 +6,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
 from qat.errors import InputError
+from qat.nn import QuantLayer
 from qat.quantizers import Quantizer
-from qat.transforms import quant_linears
 
 
 class SmoothStart(Callback):
@@ -46,5 +46,7 @@ class SmoothStart(Callback):
 
 def activation_quantizers(model: nn.Module) -> list[Quantizer]:
     """Every quantizer of `model` but those of weights and gradients."""
-    others = {id(q) for _, layer in quant_linears(model) for q in (layer.weight_quantizer, layer.grad_quantizer)}
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
+    others = {id(layer.grad_quantizer) for layer in layers}
+    others |= {id(weight.quantizer) for layer in layers for weight in layer.weights()}
     return [module for module in model.modules() if isinstance(module, Quantizer) and id(module) not in others]

@@ -9,20 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
-from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
+from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
 from qat.numerics.metrics import stored_bits
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
-from qat.transforms.prepare import replace
+from qat.transforms.layers import conv1d_to_linear, replace
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
 
 
@@ -41,12 +40,12 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         The folder.
 
     Raises:
-        InputError: if the model holds no PackedLinear, the folder holds anything but an artifact, or the weights
+        InputError: if the model holds no packed layer, the folder holds anything but an artifact, or the weights
             cannot be written.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     if not layers:
-        raise InputError("Nothing to save: the model has no PackedLinear. Call qat.convert(model) first.")
+        raise InputError("Nothing to save: no layer stores codes. Call qat.convert(model) first.")
     if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / _CONFIG).is_file():
         raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
@@ -64,6 +63,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             "bits_per_weight": bits_per_weight(model),
             "sha256": _sha256(temporary / _WEIGHTS),
             "attention": getattr(parts[0], "_attn_implementation", None),
+            "experts": getattr(parts[0], "_experts_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
         }
@@ -81,10 +81,11 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         trust_remote_code: run model code that `config.json` names.
 
     Returns:
-        The model in evaluation mode, its quantized layers being PackedLinear.
+        The model in evaluation mode, its quantized layers being packed.
 
     Raises:
-        InputError: if the folder is not an artifact, is damaged, or was written by a newer version.
+        InputError: if the folder is not an artifact, is damaged, was written by a newer version, or does not fit the
+            architecture.
     """
     folder = Path(folder)
     recover(folder)
@@ -95,9 +96,10 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
-    model = _empty_model(folder, config.get("attention"), trust_remote_code) if model is None else model
+    model = _empty_model(folder, config, trust_remote_code) if model is None else model
+    conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
     for name, description in config["layers"].items():
-        replace(model, name, _allocate(name, description))
+        replace(model, name, _allocate(name, description, model))
     _fill(model, tensors, config["tied"])
     return model.eval()
 
@@ -109,36 +111,45 @@ def bits_per_weight(model: nn.Module) -> float:
     """
     quantized: dict[Any, QuantizedTensor] = {}
     for layer in model.modules():
-        if isinstance(layer, PackedLinear):
-            quantized[layer.weight.codes.data_ptr()] = layer.weight.quantized()
-        elif isinstance(layer, QuantLinear) and isinstance(layer.weight_quantizer, Quantizer):
-            quantized[id(layer.weight)] = layer.weight_quantizer.quantize(layer.weight)
+        if isinstance(layer, PackedLayer):
+            quantized |= {w.codes.data_ptr(): w.quantized() for w in layer.weights().values()}
+        elif isinstance(layer, QuantLayer):
+            for name, matrix, quantizer in layer.weights():
+                if isinstance(quantizer, Quantizer):
+                    quantized[id(getattr(layer, name))] = quantizer.quantize(matrix)
     if not quantized:
         raise InputError("The model has no quantized weight, so it has no bits per weight.")
-    return sum(map(stored_bits, quantized.values())) / sum(q.codes.numel() for q in quantized.values())
+    return sum(map(stored_bits, quantized.values())) / sum(q.shape.numel() for q in quantized.values())
 
 
-def _describe(layer: PackedLinear) -> dict[str, Any]:
-    description: dict[str, Any] = {"weight": layer.weight.description, "bias": None}
-    if layer.bias is not None:
-        description["bias"] = {"shape": list(layer.bias.shape)}
+def _describe(layer: PackedLayer) -> dict[str, Any]:
+    weights = {name: weight.description for name, weight in layer.weights().items()}
+    description: dict[str, Any] = {"kind": layer.kind, "weights": weights}
     for role in ("input_quantizer", "output_quantizer"):
         stored = getattr(layer, role)
         description[role] = stored.description if isinstance(stored, StoredActivation) else None
     return description
 
 
-def _allocate(name: str, description: Mapping[str, Any]) -> PackedLinear:
+def _allocate(name: str, description: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The packed layer called `name`, its buffers empty; all but its weights is as in the architecture `model`."""
     try:
-        bias = description["bias"]
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise InputError(f"The artifact does not fit the model, which has no layer {name}.") from error
+    try:
+        # Version 1 knew linear layers only.
+        layer = PACKED_LAYERS[description.get("kind", "linear")]
+        weights = description["weights"] if "weights" in description else {"weight": description["weight"]}
         roles = (description["input_quantizer"], description["output_quantizer"])
-        return PackedLinear(
-            PackedTensor(description["weight"]),
-            None if bias is None else torch.empty(bias["shape"]),
-            *(None if role is None else StoredActivation(role) for role in roles),
-        )
+        packed = {key: PackedTensor(weight) for key, weight in weights.items()}
+        stored = [nn.Identity() if role is None else StoredActivation(role) for role in roles]
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{_CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
+    try:
+        return layer(module, packed, *stored)
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"The artifact does not fit the model, whose {name} is a {type(module).__name__}.") from error
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -194,7 +205,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _empty_model(folder: Path, attention: str | None, trust_remote_code: bool) -> nn.Module:
+def _empty_model(folder: Path, stored: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -204,10 +215,15 @@ def _empty_model(folder: Path, attention: str | None, trust_remote_code: bool) -
         raise InputError(
             f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
         ) from error
+    if stored.get("experts") is not None:
+        config._experts_implementation = stored["experts"]  # the one that trained: others sum in another order
     # Buffers that are computed, not stored (rotary frequencies), must be real.
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+            config,
+            dtype=config.dtype,
+            attn_implementation=stored.get("attention"),
+            trust_remote_code=trust_remote_code,
         )
 
 

@@ -1,16 +1,14 @@
-"""The stored form: modules that hold packed codes and qparams as buffers, and no Quantizer."""
+"""The stored form of a tensor: packed codes and qparams as buffers, and no Quantizer."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.kernels import ops
-from qat.kernels.linear import compute_dtype
 from qat.numerics.formats import parse_format
-from qat.numerics.granularity import parse_granularity
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken, parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
 from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape
 
@@ -60,6 +58,11 @@ class PackedTensor(nn.Module):
                 getattr(packed, name).copy_(value)
         return packed
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies; models of transformers ask the weight of an embedding."""
+        return self.codes.device
+
     def quantized(self) -> QuantizedTensor:
         """The QuantizedTensor, codes unpacked."""
         fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
@@ -72,39 +75,29 @@ class PackedTensor(nn.Module):
         q = self.quantized()
         return ops.dequantize(q.codes, q.qparams, q.format, q.granularity, dtype or self.dtype)
 
+    def dequantize_rows(self, rows: Tensor) -> Tensor:
+        """The values of `rows` `[n]` of a matrix, `[n, columns]`: the same bits as `dequantize()[rows]`.
+
+        Only those rows are unpacked, unless groups or bytes of codes cross the borders of rows.
+        """
+        count, columns = codes_shape(self.shape, self.format)
+        row_bytes = packed_bytes(columns, self.format.bits)
+        separate = isinstance(self.granularity, PerTensor | PerChannel | PerToken | PerGroup)
+        if not separate or len(self.codes) != count * row_bytes or not len(rows):
+            return self.dequantize().index_select(0, rows)
+        packed = self.codes.view(count, row_bytes).index_select(0, rows)
+        codes = unpack(packed.view(-1), self.format, (len(rows), columns))
+        qparams = QParams(*(self._field_of_rows(name, rows) for name in _FIELDS))  # type: ignore[arg-type]
+        return ops.dequantize(codes, qparams, self.format, self.granularity, self.dtype)
+
+    def _field_of_rows(self, name: str, rows: Tensor) -> Tensor | None:
+        """The qparams of `rows`, for a field that has some for each row; else all of it."""
+        field = getattr(self, name, None)
+        values = field.quantized().dequantize() if isinstance(field, PackedTensor) else field
+        return values if values is None or len(values) != self.shape[0] else values.index_select(0, rows)
+
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.format.name}, {self.granularity}"
-
-
-class PackedLinear(nn.Module):
-    """y = output_quantizer(input_quantizer(x) @ dequantize(weight)^T + b), for inference.
-
-    Computes in the dtype of x, or in autocast's; the same bits as the QuantLinear it came from wherever the matrix
-    product is the same.
-    """
-
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        weight: PackedTensor,
-        bias: Tensor | None = None,
-        input_quantizer: nn.Module | None = None,
-        output_quantizer: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.input_quantizer = input_quantizer or nn.Identity()
-        self.output_quantizer = output_quantizer or nn.Identity()
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = self.input_quantizer(input)
-        return self.output_quantizer(F.linear(x, self.weight.dequantize(compute_dtype(x)), self.bias))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def describe(q: QuantizedTensor) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Transforms: whole-model operations before and after training."""
 
 from qat.transforms.calibrate import calibrate, uncalibrated
-from qat.transforms.prepare import convert, prepare, quant_linears
+from qat.transforms.convert import convert
+from qat.transforms.layers import quant_layers, quantizes_weights
+from qat.transforms.prepare import prepare
 from qat.transforms.rules import Rule, Scheme
 
-__all__ = ["Rule", "Scheme", "calibrate", "convert", "prepare", "quant_linears", "uncalibrated"]
+__all__ = ["Rule", "Scheme", "calibrate", "convert", "prepare", "quant_layers", "quantizes_weights", "uncalibrated"]

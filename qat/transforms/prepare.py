@@ -1,15 +1,14 @@
-"""Swap layers: nn.Linear for QuantLinear before training, QuantLinear for PackedLinear after it."""
+"""Before training: swap every layer that a scheme quantizes for one that quantizes as it computes."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import nn
 
 from qat.errors import InputError
-from qat.nn import PackedLinear, PackedTensor, QuantLinear, StoredActivation
-from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from qat.quantizers import NoQuantizer, Quantizer
+from qat.nn import QuantLayer, quant_class
+from qat.transforms.build import Shared, quant_layer, suited
+from qat.transforms.layers import conv1d_to_linear, kept_layers, plain_layers, replace
 from qat.transforms.rules import Rule, Scheme
 
 Progress = Callable[[int, int], None]
@@ -20,10 +19,11 @@ def _silent(done: int, total: int) -> None:
 
 
 def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress: Progress = _silent) -> nn.Module:
-    """Replace the linear layers of `model` by QuantLinear as `scheme` says, in place.
+    """Replace the layers of `model` that hold weights by ones that quantize as `scheme` says, in place.
 
-    The Parameters of nn.Linear stay the same objects; GPT-2's Conv1D gets transposed ones first. A Parameter that
-    several layers share gets one weight quantizer, shared too.
+    Those are nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and modules with 3-D weights of experts. Their Parameters
+    stay the same objects; GPT-2's Conv1D becomes an nn.Linear with transposed ones first. A Parameter that several
+    layers share, such as a tied embedding's, gets one weight quantizer, shared too.
     Static activation quantizers still need `calibrate`.
 
     Args:
@@ -34,150 +34,62 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
         `model`.
 
     Raises:
-        InputError: if the model has no linear layer, a rule is of no use, a group size does not divide a layer, or
-            an activation quantizer could not be stored.
+        InputError: if the model has nothing to quantize, a rule is of no use, a group size does not divide a layer, a
+            quantizer does not suit what it is for, or only some of the layers that share a weight would quantize it.
     """
-    _conv1d_to_linear(model)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if "" in linears:
-        raise InputError("A lone nn.Linear cannot be replaced in place: wrap it, torch.nn.Sequential(layer).")
-    if not linears:
-        raise InputError("The model has no linear layer left to quantize; was it prepared already?")
-    shared: dict[int, Quantizer | NoQuantizer] = {}
-    head = _output_head(model)
-    assigned = scheme.assign(linears, next((name for name, linear in linears.items() if linear is head), None))
-    for name, rule in assigned.items():
-        if not rule.packs:
-            raise InputError(f"{name} would get activation quantizers but no weight quantizer: give its rule a weight.")
-    swapped: dict[str, QuantLinear] = {}
-    for done, (name, rule) in enumerate(assigned.items(), 1):
-        linear = linears[name]
-        key = id(linear.weight)
-        if key not in shared:
-            shared[key] = _weight_quantizer(name, linear, rule, initialize)
-        swapped[name] = _quant_linear(name, linear, rule, shared[key])
-        progress(done, len(assigned))
+    conv1d_to_linear(model)
+    layers = plain_layers(model)
+    if "" in layers:
+        raise InputError(f"A lone {type(model).__name__} cannot be replaced: wrap it, torch.nn.Sequential(layer).")
+    kept = kept_layers(model, layers, scheme)
+    if not layers.keys() - kept.keys():
+        raise InputError(_nothing_left(kept))
+    if scheme.embedding and not any(isinstance(layer, nn.Embedding) for layer in layers.values()):
+        raise InputError("scheme.embedding=true, but the model has no nn.Embedding: set scheme.embedding=false.")
+    rules = _rules(layers, kept, scheme)
+    _check_shared(layers, rules)
+    shared: Shared = {}
+    swapped: dict[str, QuantLayer] = {}
+    for done, (name, rule) in enumerate(rules.items(), 1):
+        swapped[name] = quant_layer(name, layers[name], _kind(layers[name]), rule, shared, initialize)
+        progress(done, len(rules))
     # Only now, so that a scheme that is refused leaves the model as it was.
     for name, layer in swapped.items():
         replace(model, name, layer)
     return model
 
 
-def convert(model: nn.Module) -> nn.Module:
-    """Replace every QuantLinear of `model` by a PackedLinear that stores codes, in place.
-
-    Layers that share a weight share its packed codes. The full-precision weights are released.
-
-    Raises:
-        InputError: if a layer has no weight quantizer, holds NaN, or has a static one that was never calibrated.
-    """
-    packed: dict[int, PackedTensor] = {}
-    layers = list(quant_linears(model))
-    if not layers:
-        raise InputError("Nothing to convert: the model has no QuantLinear. Call qat.prepare(model, scheme) first.")
-    for name, layer in layers:
-        if isinstance(layer.weight_quantizer, NoQuantizer):
-            raise InputError(f"{name} has no weight quantizer, so there is nothing to pack; give the scheme a weight.")
-        key = id(layer.weight)
-        if not torch.isfinite(layer.weight).all():
-            raise InputError(f"The weight of {name} holds NaN or infinity, which no grid holds: training diverged.")
-        if key not in packed:
-            packed[key] = PackedTensor.from_quantized(layer.weight_quantizer.quantize(layer.weight))
-        stored = PackedLinear(
-            packed[key],
-            layer.bias,
-            *(_stored(q, layer.weight.device) for q in (layer.input_quantizer, layer.output_quantizer)),
-        )
-        replace(model, name, stored.train(layer.training))
-    return model
+def _nothing_left(kept: Mapping[str, str]) -> str:
+    only = f" It has only {next(iter(kept.values()))}." if kept else ""
+    return f"The model has no layer left to quantize; was it prepared already?{only}"
 
 
-def quant_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Every QuantLinear of `model` with its name."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            yield name, module
+def _kind(layer: nn.Module) -> type[QuantLayer]:
+    kind = quant_class(layer)
+    assert kind is not None
+    return kind
 
 
-def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def _rules(layers: Mapping[str, nn.Module], kept: Mapping[str, str], scheme: Scheme) -> dict[str, Rule]:
+    """The rule of every layer that is to be quantized, without what the layer has no use for."""
+    found = {}
+    for name, rule in scheme.assign(layers, kept).items():
+        takes_activations = not isinstance(layers[name], nn.Embedding)
+        found[name] = suited(name, takes_activations, rule, explicit=rule != scheme.default)
+    return {name: rule for name, rule in found.items() if rule.quantizes}
 
 
-def _output_head(model: Any) -> nn.Module | None:
-    """The layer that transformers calls the output embeddings."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-
-
-def _weight_quantizer(name: str, linear: nn.Linear, rule: Rule, initialize: bool) -> Quantizer | NoQuantizer:
-    quantizer: Any = _make(rule.weight, tuple(linear.weight.shape), name, "weight").to(linear.weight.device)
-    if initialize and isinstance(quantizer, Quantizer):
-        quantizer.initialize(linear.weight)
-    return quantizer
-
-
-def _quant_linear(name: str, linear: nn.Linear, rule: Rule, weight_quantizer: Quantizer | NoQuantizer) -> QuantLinear:
-    device = linear.weight.device
-    input_quantizer = _activation(rule.input, linear.in_features, name, "input").to(device)
-    output_quantizer = _activation(rule.output, linear.out_features, name, "output").to(device)
-    return QuantLinear(linear, weight_quantizer, input_quantizer, output_quantizer)
-
-
-def _activation(factory: Callable[..., nn.Module], features: int, name: str, role: str) -> nn.Module:
-    quantizer = _make(factory, (features,), name, role)
-    if not isinstance(quantizer, Quantizer):
-        return quantizer
-    where = f"{name}, {role}"
-    if quantizer.rule is None and quantizer.granularity not in (PerTensor(), PerChannel(-1)):
-        raise InputError(
-            f"{where}: a static or learned quantizer of activations needs granularity per_tensor or "
-            f"per_channel_-1, not {quantizer.granularity}; or take a dynamic one (minmax_token)."
-        )
-    if quantizer.rule is None and quantizer.initialized:
-        raise InputError(
-            f"{where}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
-            "they cannot be stored. Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
-        )
-    if not _suits_activations(quantizer.granularity):
-        raise InputError(
-            f"{where}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
-            "take per_token, per_tensor, per_channel_-1 or per_group_N."
-        )
-    if quantizer.initialized:
-        _in_context(lambda: StoredActivation.from_quantizer(quantizer), where)
-    return quantizer
-
-
-def _suits_activations(granularity: Granularity) -> bool:
-    """Whether its groups lie within a token, or hold everything, or a feature of all tokens."""
-    return isinstance(granularity, PerToken | PerTensor | PerGroup) or granularity == PerChannel(-1)
-
-
-def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
-    return _in_context(lambda: factory(shape=shape), f"{name}, {role} of shape {list(shape)}")
-
-
-def _in_context(work: Callable[[], nn.Module], context: str) -> nn.Module:
-    """Do `work`; a mistake names the layer that it was found at."""
-    try:
-        return work()
-    except InputError as error:
-        raise InputError(f"{context}: {error}") from error
-    except TypeError as error:
-        raise InputError(f"{context}: the quantizer refused its options: {error}") from error
-
-
-def _stored(quantizer: nn.Module, device: torch.device) -> nn.Module:
-    return StoredActivation.from_quantizer(quantizer).to(device) if isinstance(quantizer, Quantizer) else nn.Identity()
-
-
-def _conv1d_to_linear(model: nn.Module) -> None:
-    """Replace the transposed linear layers of GPT-2 (`transformers.pytorch_utils.Conv1D`) by nn.Linear."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
-            continue
-        linear = nn.Linear(module.weight.shape[0], module.nf, device="meta")
-        linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)
-        linear.bias = module.bias
-        replace(model, name, linear.train(module.training))
+def _check_shared(layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]) -> None:
+    """Refuse to quantize a weight in one layer and not in another: it would be stored twice, and drift apart."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        for parameter_name in _kind(layer).matrices(layer):
+            users[id(getattr(layer, parameter_name))].append(name)
+    for names in users.values():
+        packed = [name for name in names if name in rules and rules[name].packs]
+        full = [name for name in names if name not in packed]
+        if packed and full:
+            raise InputError(
+                f"{packed[0]} and {full[0]} share one weight, and the scheme quantizes it only in {packed[0]}: "
+                "exclude both, or neither."
+            )

@@ -22,12 +22,14 @@ class Rule:
     Args:
         match: names as in `model.named_modules()`, with shell wildcards: `*.down_proj`, `model.layers.[01].*`.
         weight, input, output: a quantizer for each tensor, or None.
+        grad: a dynamic quantizer for the gradient of the layer's output, on its way back into the layer.
     """
 
     match: str | Sequence[str] = "*"
     weight: QuantizerFactory = NoQuantizer
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
+    grad: QuantizerFactory = NoQuantizer
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -35,13 +37,16 @@ class Rule:
 
     @property
     def quantizes(self) -> bool:
-        factories = (self.weight, self.input, self.output)
-        return any(getattr(factory, "func", factory) is not NoQuantizer for factory in factories)
+        return self.packs or self.quantizes_activations or _given(self.grad)
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return _given(self.input) or _given(self.output)
 
     @property
     def packs(self) -> bool:
         """Whether the weight gets codes."""
-        return getattr(self.weight, "func", self.weight) is not NoQuantizer
+        return _given(self.weight)
 
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -51,45 +56,55 @@ class Rule:
 class Scheme:
     """Quantizers for a whole model.
 
-    `weight`, `input` and `output` go to every linear layer that neither `exclude` nor an entry of `rules` matches.
+    `weight`, `input`, `output` and `grad` go to every layer that neither `exclude` nor an entry of `rules` matches. An
+    embedding, whose input holds no activations, takes no `input` and no `grad`.
 
     Args:
         rules: named rules, tried in order; the first that matches wins.
         exclude: layers that stay in full precision; comes before `rules`.
         head: quantize the output head too; it stays in full precision otherwise, whatever `rules` say.
+        embedding: quantize embeddings too; they stay in full precision otherwise, whatever `rules` say. Either of
+            `head` and `embedding` is enough for both where they share a weight.
     """
 
     weight: QuantizerFactory = NoQuantizer
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
+    grad: QuantizerFactory = NoQuantizer
     rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
     head: bool = False
+    embedding: bool = False
 
-    def assign(self, names: Iterable[str], head: str | None = None) -> dict[str, Rule]:
+    @property
+    def default(self) -> Rule:
+        """What layers get that no rule matches."""
+        return Rule("*", self.weight, self.input, self.output, self.grad)
+
+    def assign(self, names: Iterable[str], kept: Mapping[str, str] | None = None) -> dict[str, Rule]:
         """Find the rule of every layer of `names`; layers that stay in full precision are left out.
 
         Args:
-            names: of the linear layers.
-            head: the one of them that is the model's output head, if it has one.
+            names: of the layers that can be quantized.
+            kept: those that stay in full precision whatever rules say, each with its reason.
 
         Raises:
             InputError: if a rule or an excluded name is of no use, because it matches no layer or only layers that
                 earlier ones take, or if nothing is left to quantize.
         """
-        left = [name for name in names if self.head or name != head]
+        kept = kept or {}
+        left = [name for name in names if name not in kept]
         chosen: dict[str, Rule] = {}
         for label, rule in self._ordered():
             matching = [name for name in left if rule.matches(name)]
             own = [name for name in matching if name not in chosen]
             if not own:
-                raise InputError(f"The scheme's {label} {_why_useless(rule, matching, left, head)}")
+                raise InputError(f"The scheme's {label} {_why_useless(rule, matching, left, kept)}")
             chosen |= dict.fromkeys(own, rule)
-        everything = Rule("*", self.weight, self.input, self.output)
-        chosen |= {name: everything for name in left if name not in chosen}
+        chosen |= {name: self.default for name in left if name not in chosen}
         quantized = {name: rule for name, rule in chosen.items() if rule.quantizes}
-        if not quantized and everything.quantizes:
-            raise InputError("The scheme excludes every linear layer. To train without quantization, set scheme=none.")
+        if not quantized and self.default.quantizes:
+            raise InputError("The scheme excludes every layer. To train without quantization, set scheme=none.")
         return quantized
 
     def _ordered(self) -> Iterator[tuple[str, Rule]]:
@@ -101,13 +116,18 @@ class Scheme:
             yield f"rule '{key}' (match: {rule.match})", rule
 
 
-def _why_useless(rule: Rule, matching: list[str], names: list[str], head: str | None) -> str:
+def _given(factory: QuantizerFactory) -> bool:
+    return getattr(factory, "func", factory) is not NoQuantizer
+
+
+def _why_useless(rule: Rule, matching: list[str], names: list[str], kept: Mapping[str, str]) -> str:
     if matching:
         return f"is never used: earlier ones take {matching[0]} and whatever else it matches. Move it before them."
-    if head is not None and head not in names and rule.matches(head):
-        return f"matches only the output head {head}, which stays in full precision unless scheme.head=true."
+    for name, reason in kept.items():
+        if rule.matches(name):
+            return f"matches only {reason}."
     kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
-    return f"matches no linear layer.{nearest(rule.patterns[0], kinds)}"
+    return f"matches no layer.{nearest(rule.patterns[0], kinds)}"
 
 
 def _rule_from(key: str, options: Mapping[str, Any]) -> Rule:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qat.export.artifact import bits_per_weight
 from qat.export.parity import GridContractError, check_logits
 from qat.quantizers import MinMaxQuantizer
 from tests.conftest import tiny_llama
+from tests.models import tiny_mixtral
 from tests.transforms.test_prepare import SCHEMES, prepared, tokens
 
 
@@ -62,6 +64,42 @@ def test_any_module_loads_into_its_architecture(tmp_path):
     loaded = qat.load(qat.save(model, tmp_path / "net"), net())
     x = torch.randn(3, 64)
     assert torch.equal(loaded(x), model(x))
+
+
+def test_artifacts_of_version_1_still_load():
+    """`version1` was written by format_version 1, which knew linear layers only and named no kinds."""
+    folder = Path(__file__).parent / "version1"
+    assert json.loads((folder / "quant_config.json").read_text())["format_version"] == 1
+    model = qat.load(folder, nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3, bias=False)))
+    expected = [[0.27157437, -0.03385983, 0.09713125], [0.11150853, -0.05705087, 0.07341105]]
+    assert torch.allclose(model(torch.linspace(-2, 2, 32).view(2, 16)), torch.tensor(expected), atol=1e-6)
+    assert type(model[0].input_quantizer) is qat.nn.StoredActivation
+
+
+def test_the_config_names_kinds(tmp_path):
+    model = qat.prepare(tiny_mixtral(), qat.Scheme(weight=SCHEMES["lsq"].weight, embedding=True))
+    config = json.loads((qat.save(qat.convert(model), tmp_path / "a") / "quant_config.json").read_text())
+    assert config["format_version"] == 2
+    kinds = {name: layer["kind"] for name, layer in config["layers"].items()}
+    assert kinds["model.embed_tokens"] == "embedding"
+    assert kinds["model.layers.0.self_attn.q_proj"] == "linear"
+    assert kinds["model.layers.1.mlp.experts"] == "experts"
+    assert config["layers"]["model.layers.1.mlp.experts"]["weights"].keys() == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Sequential(nn.Conv1d(64, 64, 1)), "has no layer 2"),
+        (nn.Sequential(nn.Conv1d(64, 64, 1), nn.ReLU(), nn.ReLU()), "whose 2 is a ReLU"),
+    ],
+    ids=["missing", "another kind"],
+)
+def test_an_architecture_of_other_layers_is_refused(net, message, tmp_path):
+    layers = nn.Sequential(nn.Conv1d(64, 64, 1), nn.ReLU(), nn.Conv1d(64, 64, 1))
+    artifact = qat.save(qat.convert(qat.prepare(layers, SCHEMES["lsq"])), tmp_path / "a")
+    with pytest.raises(InputError, match=f"does not fit the model.*{message}"):
+        qat.load(artifact, net)
 
 
 def test_saving_replaces_the_folder_whole(artifact):
@@ -116,7 +154,7 @@ def damage(artifact, kind):
         config.write_text(json.dumps(settings))
     elif kind == "garbled":
         settings = json.loads(config.read_text())
-        del next(iter(settings["layers"].values()))["weight"]["granularity"]
+        del next(iter(settings["layers"].values()))["weights"]["weight"]["granularity"]
         config.write_text(json.dumps(settings))
 
 

@@ -105,6 +105,7 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         ["method=fp", "trainer.accumulate_grad_batches=2"],
         ["trainer.enable_progress_bar=false", "callbacks.monitor=null", "trainer.max_epochs=1", "trainer.max_steps=-1"],
         ["logger=tensorboard"],
+        ["scheme.embedding=true", "quantizer@scheme.grad=minmax_token"],
         ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
     ],
     ids=[
@@ -115,6 +116,7 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         "fp",
         "epochs",
         "tensorboard",
+        "embedding and gradients",
         "checkpointing",
     ],
 )
@@ -126,6 +128,18 @@ def test_rounding_does_not_train(shell):
     shell.run("method=ptq", "hydra.run.dir=run")
     assert list(shell.rows("run")) == ["full precision", "rounded to nearest", "converted, saved, loaded"]
     assert all(row["step"] == 0 for row in shell.rows("run").values())
+
+
+def test_quantized_gradients_train_a_full_precision_model(shell):
+    shell.options = [option for option in shell.options if not option.startswith("scheme")]
+    grad = ["quantizer@scheme.grad=minmax", "scheme.grad.bits=4", "scheme.grad.granularity=per_group_32"]
+    output = shell.run("method=grad_quant", *grad, "trainer.max_steps=60", "optimizer.lr=3e-3", "hydra.run.dir=run")
+    rows = shell.rows("run")
+    assert list(rows) == ["full precision", "after training"]
+    assert rows["after training"]["perplexity"] < 0.8 * rows["full precision"]["perplexity"]
+    assert rows["after training"]["bits_per_weight"] == 32
+    assert "Nothing was exported: the scheme quantizes no weight." in output
+    assert not (shell.folder / "run" / "native").exists()
 
 
 def test_a_sweep_runs_every_value(shell):
@@ -234,8 +248,8 @@ MISTAKES = [
     (["scheme.weight.bits=9"], "2 to 8 bits"),
     (["scheme.weight.bits=three"], "2 to 8 bits, not three"),
     (["scheme.weight.granularity=per_group_48"], "Sizes that do"),
-    (["scheme.exclude=[nothing]"], "matches no linear layer"),
-    (["scheme.exclude=*"], "excludes every linear layer"),
+    (["scheme.exclude=[nothing]"], "matches no layer"),
+    (["scheme.exclude=*"], "excludes every layer"),
     (["data.path=empty.txt"], "is empty"),
     (["data.path=missing.txt"], "no text at"),
     (["data.batch_size=0"], "data.batch_size is 0"),

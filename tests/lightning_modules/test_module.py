@@ -1,6 +1,7 @@
 import math
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -15,8 +16,9 @@ from lightning_modules.loggers import CSVLogger
 from lightning_modules.report import Report, plot_training
 from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
-from qat.transforms import quant_linears
+from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
+from tests.models import tiny_mixtral
 
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
@@ -49,7 +51,7 @@ def test_the_first_layer_with_a_nan_is_found():
 
 def test_the_monitor_measures_what_it_says():
     model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3))
-    _, layer = next(quant_linears(model))
+    _, layer = next(quant_layers(model))
     figures = measure_weight(layer.weight_quantizer, layer.weight)
     assert 8 < figures["sqnr"] < 20
     assert figures["code_use"] == 1
@@ -59,6 +61,16 @@ def test_the_monitor_measures_what_it_says():
     codebook = KMeansQuantizer(layer.weight.shape, bits=4)
     codebook.initialize(layer.weight)
     assert measure_weight(codebook, layer.weight)["clipped"] == 0
+
+
+def test_the_weights_of_experts_are_monitored_by_name():
+    model = qat.prepare(tiny_mixtral(), qat.Scheme(weight=LSQ3, embedding=True))
+    found = []
+    monitor = QuantizerMonitor()
+    monitor._log = lambda trainer, what, measured, step: found.append(measured)
+    monitor._log_weights(SimpleNamespace(global_step=0), model)
+    assert {"layers.0.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "embed_tokens"} <= found[0].keys()
+    assert all(10 < figures["sqnr"] < 25 for figures in found[0].values())
 
 
 def test_computed_buffers_keep_their_dtype():

@@ -11,7 +11,7 @@ from qat.numerics.formats import IntFormat
 from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QParams
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, Quantizer, TableQuantizer
-from qat.transforms import quant_linears, uncalibrated
+from qat.transforms import quant_layers, uncalibrated
 from tests.conftest import tiny_llama
 
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
@@ -70,7 +70,7 @@ def test_only_what_the_rules_say():
         "first": qat.Rule("model.layers.0.*"),
     }
     model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, rules=rules, exclude=["*.k_proj"]))
-    layers = dict(quant_linears(model))
+    layers = dict(quant_layers(model))
     assert layers["model.layers.0.mlp.down_proj"].weight_quantizer.format.name == "int8"
     assert layers["model.layers.1.mlp.up_proj"].weight_quantizer.format.name == "int3"
     assert "model.layers.0.mlp.up_proj" not in layers
@@ -80,16 +80,16 @@ def test_only_what_the_rules_say():
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (qat.Scheme(weight=LSQ3, rules={"x": qat.Rule("*.dwn_proj")}), r"rule 'x' .* matches no linear layer. Did you"),
+        (qat.Scheme(weight=LSQ3, rules={"x": qat.Rule("*.dwn_proj")}), r"rule 'x' .* matches no layer. Did you"),
         (qat.Scheme(weight=LSQ3, rules={"x": {"mach": "*"}}), "no option 'mach'. Did you mean 'match'"),
         (qat.Scheme(weight=LSQ3, rules={"x": {}}), "set scheme.rules.x.match"),
-        (qat.Scheme(weight=LSQ3, exclude=["*.nothing"]), "exclude .* matches no linear layer"),
+        (qat.Scheme(weight=LSQ3, exclude=["*.nothing"]), "exclude .* matches no layer"),
         (
             qat.Scheme(weight=partial(LSQ3, granularity="per_group_48")),
             "layers.0.*48 does not divide 64. Sizes that do",
         ),
         (qat.Scheme(weight=partial(LSQ3, bits=9)), "2 to 8 bits"),
-        (qat.Scheme(weight=LSQ3, exclude="*"), "excludes every linear layer"),
+        (qat.Scheme(weight=LSQ3, exclude="*"), "excludes every layer"),
         (
             qat.Scheme(weight=LSQ3, exclude=["*.mlp.*"], rules={"x": qat.Rule("*.up_proj", weight=LSQ3)}),
             r"rule 'x' .* is never used: earlier ones take model.layers.0.mlp.up_proj",
@@ -163,7 +163,7 @@ def test_gpt2_is_swapped_too():
         before = model(ids).logits
         qat.prepare(model, qat.Scheme(weight=partial(MinMaxQuantizer, bits=8)))
         after = model(ids).logits
-    assert len(list(quant_linears(model))) == 8
+    assert len(list(quant_layers(model))) == 8
     assert not torch.equal(before, after)
     assert (before - after).abs().max() < 0.05 * before.abs().max()
 

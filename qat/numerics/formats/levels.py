@@ -44,8 +44,14 @@ class LevelFormat(Format):
         return -self.count / 2, self.count / 2
 
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        shifted = v.add_(self.count / 2) if noise is None else v.add_((self.count - 1) / 2).add_(noise)
-        return shifted.floor_().clamp_(0, self.count - 1)
+        # Rounded before it is shifted, because adding count / 2 first would lose the low bits of v.
+        half = self.count / 2
+        if self.count % 2:
+            cells = v.round_() if noise is None else v.add_(noise).floor_()
+            half -= 0.5
+        else:
+            cells = v.floor_() if noise is None else v.sub_(0.5).add_(noise).floor_()
+        return cells.add_(half).clamp_(0, self.count - 1)
 
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         values = codes.to(torch.float32) if out is None else out.copy_(codes)

@@ -1,0 +1,72 @@
+"""Linear layers: a full-precision weight that is quantized as it is used, and a packed one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat.kernels.linear import compute_dtype
+from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
+from qat.nn.packed import PackedTensor
+from qat.nn.quantize_grad import quantize_grad
+from qat.quantizers import NoQuantizer, Quantizer
+
+
+class PackedLinear(PackedLayer):
+    """y = output_quantizer(input_quantizer(x) @ dequantize(weight)^T + b), for inference.
+
+    Computes in the dtype of x, or in autocast's; the same bits as the QuantLinear it came from wherever the matrix
+    product is the same.
+    """
+
+    kind = "linear"
+    weight: PackedTensor
+    bias: Tensor | None
+
+    def __init__(
+        self, module: nn.Module, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weights["weight"].shape
+        bias: Any = module.bias
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self._adopt(weights, input, output)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.input_quantizer(input)
+        return self.output_quantizer(F.linear(x, self.weight.dequantize(compute_dtype(x)), self.bias))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """y = output_quantizer(input_quantizer(x) @ weight_quantizer(W)^T + b); grad_quantizer quantizes dL/dy before that.
+
+    Takes over the Parameters of an `nn.Linear`, so optimizers, adapters and state dicts that knew them still do.
+    """
+
+    weight_quantizer: Quantizer | NoQuantizer
+
+    def __init__(self, linear: nn.Linear, quantizers: LayerQuantizers) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self._adopt(linear, quantizers)
+
+    @staticmethod
+    def features(module: Any) -> tuple[int | None, int]:
+        return module.in_features, module.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.weight_quantizer.linear(self.input_quantizer(input), self.weight, self.bias)
+        return self.output_quantizer(quantize_grad(y, self.grad_quantizer))
+
+    def plain(self) -> nn.Module:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
+        return PackedLinear(self, weights, input, output)

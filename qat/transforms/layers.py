@@ -1,0 +1,87 @@
+"""Which layers of a model can be quantized, which of them stay in full precision, and how one is replaced."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from qat.nn import PackedLayer, QuantLayer, quant_class
+from qat.nn.experts import is_experts
+from qat.transforms.rules import Scheme
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Every layer of `model` that quantizes, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield name, module
+
+
+def quantizes_weights(model: nn.Module) -> bool:
+    """Whether a weight of `model` has codes, or gets them when converted; quantized gradients alone leave it full."""
+    return any(isinstance(m, PackedLayer) or (isinstance(m, QuantLayer) and m.packs) for m in model.modules())
+
+
+def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of `model` that can be quantized and is not yet, by name."""
+    return {name: module for name, module in model.named_modules() if quant_class(module) is not None}
+
+
+def kept_layers(model: nn.Module, layers: Mapping[str, nn.Module], scheme: Scheme) -> dict[str, str]:
+    """Those of `layers` that stay in full precision whatever the rules say, each with the reason.
+
+    They are the output head and embeddings, unless the scheme wants them, and the routers of experts.
+    """
+    head = next((name for name, layer in layers.items() if layer is _output_head(model)), None)
+    embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
+    tied = [] if head is None else [e for e in embeddings if layers[e].weight is layers[head].weight]
+    either = scheme.head or scheme.embedding
+    kept = {}
+    if head is not None and not (either if tied else scheme.head):
+        kept[head] = f"the output head {head}, which stays in full precision unless scheme.head=true"
+    for name in embeddings:
+        if not (either if name in tied else scheme.embedding):
+            kept[name] = f"the embedding {name}, which stays in full precision unless scheme.embedding=true"
+    for name in _routers(model, layers):
+        kept[name] = f"the router {name}, which stays in full precision"
+    return kept
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def conv1d_to_linear(model: nn.Module) -> None:
+    """Replace the transposed linear layers of GPT-2 (`transformers.pytorch_utils.Conv1D`) by nn.Linear."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+            continue
+        linear = nn.Linear(module.weight.shape[0], module.nf, device="meta")
+        linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)
+        linear.bias = module.bias
+        replace(model, name, linear.train(module.training))
+
+
+def _output_head(model: Any) -> nn.Module | None:
+    """The layer that transformers calls the output embeddings."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Linear layers beside experts that choose among them, or weigh one: an output for each expert, or one alone."""
+    blocks = {name.rpartition(".")[0]: count for name, m in model.named_modules() if (count := _expert_count(name, m))}
+    return [
+        name
+        for name, layer in layers.items()
+        for block, count in blocks.items()
+        if isinstance(layer, nn.Linear) and name.startswith(f"{block}." if block else "")
+        if layer.out_features in (1, count)
+    ]
+
+
+def _expert_count(name: str, module: nn.Module) -> int:
+    if is_experts(module):
+        return int(module.num_experts)  # type: ignore[arg-type]
+    return len(module) if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts" else 0

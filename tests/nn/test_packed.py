@@ -1,0 +1,65 @@
+"""Rows of a packed matrix are looked up without unpacking the others."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from qat.nn import PackedTensor, packed
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, TableQuantizer
+
+SHAPE = (24, 96)
+QUANTIZERS = {
+    "per channel": partial(LSQQuantizer, bits=3, granularity="per_channel"),
+    "per group": partial(MinMaxQuantizer, bits=5, symmetric=False, granularity="per_group_32"),
+    "per tensor": partial(MinMaxQuantizer, bits=4, granularity="per_tensor"),
+    "per column": partial(MinMaxQuantizer, bits=4, granularity="per_channel_-1"),
+    "codebook for each row": partial(KMeansQuantizer, bits=2, granularity="per_group_32", codebook="per_channel"),
+    "one codebook": partial(KMeansQuantizer, bits=4, granularity="per_group_32", codebook="per_tensor"),
+    "double quantization": partial(TableQuantizer, granularity="per_group_32", double_quant=True),
+}
+CROSSING = {
+    "blocks": partial(MinMaxQuantizer, bits=4, granularity="per_block_8x16"),
+    "flat groups": partial(MinMaxQuantizer, bits=4, granularity="per_flat_group_64"),
+}
+
+
+def packed_by(factory, shape=SHAPE):
+    weight = torch.randn(shape)
+    quantizer = factory(shape=shape)
+    quantizer.initialize(weight)
+    return PackedTensor.from_quantized(quantizer.quantize(weight))
+
+
+@pytest.mark.parametrize("factory", (QUANTIZERS | CROSSING).values(), ids=QUANTIZERS | CROSSING)
+@pytest.mark.parametrize("rows", [[3], [23, 0, 3, 3], list(range(24)), []], ids=["one", "some", "all", "none"])
+def test_rows_are_those_of_the_whole(factory, rows):
+    tensor = packed_by(factory)
+    assert torch.equal(tensor.dequantize_rows(torch.tensor(rows, dtype=torch.long)), tensor.dequantize()[rows])
+
+
+def test_rows_that_do_not_fill_bytes():
+    tensor = packed_by(QUANTIZERS["per channel"], (24, 13))
+    assert torch.equal(tensor.dequantize_rows(torch.tensor([5, 23])), tensor.dequantize()[[5, 23]])
+
+
+@pytest.mark.parametrize("factory", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_only_the_rows_are_unpacked(factory, monkeypatch):
+    shapes = []
+
+    def watched(codes, format, shape):
+        shapes.append(tuple(shape))
+        return unpack(codes, format, shape)
+
+    tensor, unpack = packed_by(factory), packed.unpack
+    monkeypatch.setattr(packed, "unpack", watched)
+    tensor.dequantize_rows(torch.tensor([1, 2]))
+    assert (2, 96) in shapes
+    assert SHAPE not in shapes
+
+
+def test_a_row_that_is_not_there_is_an_error():
+    tensor = packed_by(QUANTIZERS["per channel"])
+    for row in (-1, 24):
+        with pytest.raises((IndexError, RuntimeError)):
+            tensor.dequantize_rows(torch.tensor([row]))
