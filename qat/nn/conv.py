@@ -58,8 +58,8 @@ class _QuantConv(QuantLayer):
         self._adopt(conv, quantizers)
 
     @staticmethod
-    def matrices(module: Any) -> dict[str, Tensor]:
-        return {"weight": module.weight.flatten(1)}
+    def matrix(module: Any, name: str) -> Tensor:
+        return getattr(module, name).flatten(1)
 
     @staticmethod
     def features(module: Any) -> tuple[int | None, int]:

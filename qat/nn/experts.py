@@ -73,15 +73,19 @@ class QuantExperts(_Experts, QuantLayer):
         self._adopt(experts, quantizers)
 
     @staticmethod
-    def matrices(module: Any) -> dict[str, Tensor]:
-        transposed = _is_transposed(module)
-        weights = {name: getattr(module, name) for name in _weight_names(module)}
-        return {name: (weight.mT if transposed else weight).flatten(0, -2) for name, weight in weights.items()}
+    def names(module: Any) -> list[str]:
+        return _weight_names(module)
+
+    @staticmethod
+    def matrix(module: Any, name: str) -> Tensor:
+        weight = getattr(module, name)
+        return (weight.mT if _is_transposed(module) else weight).flatten(0, -2)
 
     @staticmethod
     def features(module: Any) -> tuple[int | None, int]:
-        matrices = list(QuantExperts.matrices(module).values())
-        return matrices[0].shape[-1], len(matrices[-1]) // module.num_experts
+        into, out_of = (-2, -1) if _is_transposed(module) else (-1, -2)
+        shapes = [getattr(module, name).shape for name in _weight_names(module)]
+        return shapes[0][into], shapes[-1][out_of]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         matrices = {weight.name: weight.quantizer(weight.matrix) for weight in self.weights()}

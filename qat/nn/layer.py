@@ -43,9 +43,14 @@ class QuantLayer(nn.Module, ABC):
     grad_quantizer: nn.Module
 
     @staticmethod
-    def matrices(module: Any) -> dict[str, Tensor]:
-        """The weights of `module`, plain or quantized, by name, each as the matrix `[rows, columns]`."""
-        return {"weight": module.weight}
+    def names(module: Any) -> list[str]:
+        """What the weights of `module`, plain or quantized, are called."""
+        return ["weight"]
+
+    @staticmethod
+    def matrix(module: Any, name: str) -> Tensor:
+        """The weight `name` of `module` as the matrix `[rows, columns]`."""
+        return getattr(module, name)
 
     @staticmethod
     @abstractmethod
@@ -62,13 +67,13 @@ class QuantLayer(nn.Module, ABC):
 
     def weights(self) -> Iterator[QuantWeight]:
         """Every weight with its quantizer."""
-        for name, matrix in self.matrices(self).items():
-            yield QuantWeight(name, matrix, getattr(self, f"{name}_quantizer"))
+        for name in self.names(self):
+            yield QuantWeight(name, self.matrix(self, name), getattr(self, f"{name}_quantizer"))
 
     @property
     def packs(self) -> bool:
         """Whether a weight gets codes."""
-        return any(isinstance(weight.quantizer, Quantizer) for weight in self.weights())
+        return any(isinstance(getattr(self, f"{name}_quantizer"), Quantizer) for name in self.names(self))
 
     def _adopt(self, module: nn.Module, quantizers: LayerQuantizers) -> None:
         for name, quantizer in quantizers.weights.items():

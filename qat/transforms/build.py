@@ -40,12 +40,13 @@ def quant_layer(
 ) -> QuantLayer:
     """The layer that takes the place of `module`; a Parameter in `shared` keeps the weight quantizer it has there."""
     weights = {}
-    for parameter_name, matrix in kind.matrices(module).items():
-        key = id(getattr(module, parameter_name))
-        if key not in shared:
+    for parameter_name in kind.names(module):
+        parameter = getattr(module, parameter_name)
+        if id(parameter) not in shared:
             label = name if parameter_name == "weight" else f"{name}.{parameter_name}"
-            shared[key] = _weight_quantizer(label, matrix, rule.weight, initialize)
-        weights[parameter_name] = shared[key]
+            matrix = kind.matrix(module, parameter_name)
+            shared[id(parameter)] = _weight_quantizer(label, matrix, rule.weight, initialize)
+        weights[parameter_name] = shared[id(parameter)]
     features_in, features_out = kind.features(module)
     quantizers = LayerQuantizers(
         weights,
@@ -54,7 +55,7 @@ def quant_layer(
         _gradient(rule.grad, features_out, name),
     )
     for quantizer in quantizers[1:]:
-        quantizer.to(matrix.device)
+        quantizer.to(parameter.device)
     return _in_context(lambda: kind(module, quantizers), name)
 
 

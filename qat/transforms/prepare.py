@@ -83,7 +83,7 @@ def _check_shared(layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]) ->
     """Refuse to quantize a weight in one layer and not in another: it would be stored twice, and drift apart."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        for parameter_name in _kind(layer).matrices(layer):
+        for parameter_name in _kind(layer).names(layer):
             users[id(getattr(layer, parameter_name))].append(name)
     for names in users.values():
         packed = [name for name in names if name in rules and rules[name].packs]
