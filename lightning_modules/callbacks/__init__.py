@@ -1,9 +1,19 @@
 """Callbacks: what a run watches and how it reports."""
 
+from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.seed import StepSeed
 from lightning_modules.callbacks.stop import GracefulStop, Stopped
 from lightning_modules.checkpoint import LastCheckpoint
 
-__all__ = ["GracefulStop", "LastCheckpoint", "ProgressBar", "QuantizerMonitor", "StepSeed", "Stopped"]
+__all__ = [
+    "CodebookRefresh",
+    "GracefulStop",
+    "LastCheckpoint",
+    "ProgressBar",
+    "QuantizerMonitor",
+    "SoftKMeans",
+    "StepSeed",
+    "Stopped",
+]

@@ -60,15 +60,28 @@ class Quantizer(nn.Module, ABC):
     def initialize_from(self, view: Tensor) -> None:
         """Fill parameters and buffers in place from representative values `[groups, n]`."""
 
+    def initialize_weighted(self, view: Tensor, importance: Tensor) -> None:
+        """As `initialize_from`, with how much the error of each value counts; ignored where scales bound all alike."""
+        self.initialize_from(view)
+
     def make_observer(self) -> Observer:
         """What to gather from activations before `initialize_from`."""
         return MinMaxObserver()
 
     @final
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Fill parameters and buffers in place from `x`."""
-        self.initialize_from(self.granularity.view(x))
+    def initialize(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """Fill parameters and buffers in place from `x`.
+
+        Args:
+            x: the tensor to quantize.
+            importance: how much the squared error of each element counts, shaped like `x`; None: all alike.
+        """
+        view = self.granularity.view
+        if importance is None:
+            self.initialize_from(view(x))
+        else:
+            self.initialize_weighted(view(x), view(importance))
         self.initialized = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +91,6 @@ class Quantizer(nn.Module, ABC):
             return x
         return ops.fake_quantize(x, self.ready_qparams(x), self.format, self.granularity)
 
-    @final
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
         return fake_quantized_linear(x, weight, bias, self.ready_qparams(weight), self.format, self.granularity)

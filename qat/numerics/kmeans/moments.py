@@ -36,9 +36,8 @@ class Moments(NamedTuple):
 
     def nearest_edges(self, centroids: Tensor) -> Tensor:
         """Edges `[rows, k + 1]` of the cells whose members are nearest to each of `centroids` `[rows, k]`."""
-        rows, n = self.values.shape
         inner = torch.searchsorted(self.values, (centroids[:, 1:] + centroids[:, :-1]) / 2)
-        return with_ends(inner, n)
+        return with_ends(inner, self.values.shape[1])
 
 
 def with_ends(inner: Tensor, n: int) -> Tensor:

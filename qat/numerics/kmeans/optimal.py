@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.numerics.kmeans.moments import Moments, moments_of, with_ends
+from qat.numerics.kmeans.moments import moments_of, with_ends
 
 
 @torch.no_grad()
@@ -104,7 +104,9 @@ def _best_starts(least: Tensor, sums: Sums, low: Tensor, high: Tensor, ends: Ten
     start = torch.arange(len(segment), device=least.device) - begins[segment] + low.view(-1)[segment]
     base = segment.div(len(ends), rounding_mode="floor") * size
     flat = Sums(*(field.reshape(1, -1) for field in sums))
-    error = least.view(-1)[base + start] - _gain(flat, (base + start)[None], (base + ends[segment % len(ends)])[None])[0]
+    error = (
+        least.view(-1)[base + start] - _gain(flat, (base + start)[None], (base + ends[segment % len(ends)])[None])[0]
+    )
     best = torch.full_like(begins, torch.inf, dtype=error.dtype).scatter_reduce_(0, segment, error, "amin")
     tied = torch.where(error == best[segment], start, size)
     first = torch.full_like(begins, size).scatter_reduce_(0, segment, tied, "amin")
