@@ -82,7 +82,7 @@ def _codebook_layers(model: nn.Module) -> list[QuantLinear]:
 
 
 @torch.no_grad()
-def _fit(model: nn.Module, layers: list[QuantLinear], sums: dict[nn.Parameter, Tensor], count: int) -> nn.Module:
+def _fit(model: nn.Module, layers: list[QuantLinear], sums: dict[Tensor, Tensor], count: int) -> nn.Module:
     """Initialize the quantizer of each weight; sums serve as well as means, because only ratios within a row count."""
     if not count:
         raise InputError(_NO_DATA)
@@ -110,9 +110,9 @@ def _full_precision(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_only_of(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+def _gradients_only_of(model: nn.Module, chosen: Iterable[Tensor]) -> Iterator[None]:
     """Other parameters need no gradient for a while."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in before:
         parameter.requires_grad_(False)
     for parameter in chosen:

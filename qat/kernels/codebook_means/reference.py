@@ -11,7 +11,6 @@ cell's deviation, the best places in a cell that is filled evenly.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +25,6 @@ SHIFT = math.sqrt(3 / 4)
 LEFT = 1 / 8
 
 
-class CellSums(NamedTuple):
-    """Sums over the members of each entry, `[rows, entries]` float32."""
-
-    mass: Tensor
-    moment: Tensor
-    square: Tensor
-
-
 def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
     """Move each entry to the mean of its members, dead ones into the cells with the largest error.
 
@@ -46,23 +37,29 @@ def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | 
     Returns:
         The entries after the step, `[rows, entries]` float32, each in its place, so not always ascending.
     """
-    return moved_entries(cell_sums(x, scale, codebook, importance), codebook)
+    mass, moment = cell_sums(x, scale, codebook, importance, powers=2)
+    alive = mass > 0
+    entries = torch.where(alive, moment / torch.where(alive, mass, 1), codebook)
+    if alive.all():
+        return entries
+    *_, square = cell_sums(x, scale, codebook, importance, powers=3)
+    return _revived(entries, mass, square - moment * entries)
 
 
-def cell_sums(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> CellSums:
-    """Sum over the members of every entry."""
-    sums = CellSums(*(torch.zeros_like(codebook) for _ in range(3)))
+def cell_sums(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None, powers: int) -> list[Tensor]:
+    """Sums of w, w v, w v^2 ... (the first `powers` of them) over the members of every entry, `[rows, entries]` each."""
+    sums = [torch.zeros_like(codebook) for _ in range(powers)]
     format = CodebookFormat(codebook.shape[1])
     for rows, groups, columns in _pieces(x, len(codebook)):
         block = x[groups, columns]
-        v, codes = (scratch(name, block.shape, torch.float32, x.device) for name in ("v", "codes"))
+        v, codes, share = (scratch(name, block.shape, torch.float32, x.device) for name in ("v", "codes", "share"))
         torch.div(block, scale[groups], out=v)
         table = codebook[rows]
         members = as_index(format.encode_(codes.copy_(v), table).view(len(table), -1))
-        share = torch.ones_like(v) if importance is None else importance[groups, columns].to(torch.float32)
-        for total in sums:
+        share.fill_(1) if importance is None else share.copy_(importance[groups, columns])
+        for power, total in enumerate(sums):
+            share = share.mul_(v) if power else share
             total[rows].scatter_add_(1, members, share.view(len(table), -1))
-            share = share.mul_(v) if importance is None else share * v
     return sums
 
 
@@ -79,12 +76,10 @@ def _pieces(x: Tensor, rows: int) -> Iterator[tuple[slice, slice, slice]]:
             yield own, slice(begin, begin + step), slice(left, left + width)
 
 
-def moved_entries(sums: CellSums, codebook: Tensor) -> Tensor:
-    """The means of the cells, and where dead entries go, `[rows, entries]`."""
-    mass, moment, square = sums
+def _revived(entries: Tensor, mass: Tensor, error: Tensor) -> Tensor:
+    """The entries with the dead ones moved into the cells with the largest error, `[rows, entries]`."""
     alive = mass > 0
-    entries = torch.where(alive, moment / torch.where(alive, mass, 1), codebook)
-    error = (square - moment * entries).masked_fill_(~alive, 0)
+    error = error.masked_fill(~alive, 0)
     for _ in range(int((~alive).sum(1).max())):
         entries, mass, error, alive = _revive_one(entries, mass, error, alive)
     return entries

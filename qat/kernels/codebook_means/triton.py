@@ -86,7 +86,7 @@ def _moved_entries(
     SHIFT: tl.constexpr,
     LEFT: tl.constexpr,
 ):
-    """The entries of one row after the step, as in `reference.moved_entries`."""
+    """The entries of one row after the step, as `reference.lloyd_step` has them."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     mass = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -109,10 +109,10 @@ def _moved_entries(
         first = tl.argmax(dead, axis=0)
         heap = tl.sum(tl.where(k == worst, mass, 0.0), axis=0)
         centre = tl.sum(tl.where(k == worst, entries, 0.0), axis=0)
-        splits_it = largest > 0
-        shift = SHIFT * tl.sqrt(tl.maximum(largest, 0.0) / tl.where(splits_it, heap, 1.0))
-        low = (k == worst) & splits_it
-        high = (k == first) & splits_it
+        # Without error there is nothing to split, and the dead entry stays.
+        low = tl.where(k == worst, largest, 0.0) > 0
+        high = tl.where(k == first, largest, 0.0) > 0
+        shift = SHIFT * tl.sqrt(tl.maximum(largest, 0.0) / tl.maximum(heap, 1e-30))
         entries = tl.where(high, centre + shift, tl.where(low, centre - shift, entries))
         mass = tl.where(low | high, heap / 2, mass)
         error = tl.where(low | high, largest * LEFT, error)
