@@ -23,9 +23,7 @@ class CodebookRefresh(Callback):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(
-                f"callbacks.refresh.every_n_steps is {every_n_steps}; it starts at 1, null is off."
-            )
+            raise InputError(f"callbacks.refresh.every_n_steps is {every_n_steps}; it starts at 1, null is off.")
         self.every_n_steps = every_n_steps
         self._last_step = 0
 

@@ -123,7 +123,9 @@ def test_lloyd_ends_at_a_fixed_point():
             assert torch.allclose(x[row][nearest[row] == k].mean(), centroids[row, k], atol=1e-4)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 10), torch.tensor([[1.0, 2.0, 1.0, 2.0]])], ids=["constant", "two values"])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 10), torch.tensor([[1.0, 2.0, 1.0, 2.0]])], ids=["constant", "two values"]
+)
 @pytest.mark.parametrize("fit", [kmeans_1d, optimal_kmeans_1d, fit_histogram, equal_mass_1d])
 def test_fewer_values_than_clusters(fit, x):
     centroids = fit(x, 8)

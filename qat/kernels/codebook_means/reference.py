@@ -47,7 +47,7 @@ def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | 
 
 
 def cell_sums(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None, powers: int) -> list[Tensor]:
-    """Sums of w, w v, w v^2 ... (the first `powers` of them) over the members of every entry, `[rows, entries]` each."""
+    """Sums of w v^p over the members of every entry, for p = 0 ... powers - 1, `[rows, entries]` each."""
     sums = [torch.zeros_like(codebook) for _ in range(powers)]
     format = CodebookFormat(codebook.shape[1])
     for rows, groups, columns in _pieces(x, len(codebook)):
