@@ -10,8 +10,8 @@ from qat.numerics.kmeans.moments import moments_of
 
 # Rows longer than this have fewer bins than values.
 _LONG_ROW = histogram.BINS
-# Values sorted, and cells of the search for a start, at once: what caches hold, or 2 GiB of temporaries.
-_VALUES_ON_CPU, _VALUES_ON_GPU = 2**20, 2**25
+# Values sorted, and cells of the search for a start, at once: what caches hold, or 3 GiB of temporaries.
+_VALUES_ON_CPU, _VALUES_ON_GPU = 2**20, 2**26
 
 
 @torch.no_grad()
