@@ -1,5 +1,6 @@
 """Callbacks: what a run watches and how it reports."""
 
+from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.seed import StepSeed
@@ -7,4 +8,14 @@ from lightning_modules.callbacks.smooth_start import SmoothStart
 from lightning_modules.callbacks.stop import GracefulStop, Stopped
 from lightning_modules.checkpoint import LastCheckpoint
 
-__all__ = ["GracefulStop", "LastCheckpoint", "ProgressBar", "QuantizerMonitor", "SmoothStart", "StepSeed", "Stopped"]
+__all__ = [
+    "CodebookRefresh",
+    "GracefulStop",
+    "LastCheckpoint",
+    "ProgressBar",
+    "QuantizerMonitor",
+    "SmoothStart",
+    "SoftKMeans",
+    "StepSeed",
+    "Stopped",
+]

@@ -58,8 +58,8 @@ class _QuantConv(QuantLayer):
         self._adopt(conv, quantizers)
 
     @staticmethod
-    def matrix(module: Any, name: str) -> Tensor:
-        return getattr(module, name).flatten(1)
+    def as_matrix(module: Any, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
 
     @staticmethod
     def features(module: Any) -> tuple[int | None, int]:

@@ -77,8 +77,7 @@ class QuantExperts(_Experts, QuantLayer):
         return _weight_names(module)
 
     @staticmethod
-    def matrix(module: Any, name: str) -> Tensor:
-        weight = getattr(module, name)
+    def as_matrix(module: Any, weight: Tensor) -> Tensor:
         return (weight.mT if _is_transposed(module) else weight).flatten(0, -2)
 
     @staticmethod

@@ -48,9 +48,14 @@ class QuantLayer(nn.Module, ABC):
         return ["weight"]
 
     @staticmethod
-    def matrix(module: Any, name: str) -> Tensor:
+    def as_matrix(module: Any, weight: Tensor) -> Tensor:
+        """`weight` of `module`, or a tensor shaped like it, as the matrix `[rows, columns]`."""
+        return weight
+
+    @classmethod
+    def matrix(cls, module: Any, name: str) -> Tensor:
         """The weight `name` of `module` as the matrix `[rows, columns]`."""
-        return getattr(module, name)
+        return cls.as_matrix(module, getattr(module, name))
 
     @staticmethod
     @abstractmethod

@@ -19,16 +19,38 @@ def sqnr(x: Tensor, x_hat: Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-@torch.no_grad()
 def code_use(q: QuantizedTensor) -> float:
     """Share of the format's codes that occur in each codebook row (or in the whole tensor), averaged over rows."""
+    return (_code_counts(q) > 0).float().mean().item()
+
+
+def code_entropy(q: QuantizedTensor) -> Tensor:
+    """Shannon entropy of the codes, H = -sum_k p_k log2 p_k, in bits a code, `[rows]`: one for each codebook row.
+
+    A tensor without codebooks is one row. The entropy is at most the format's bits; how far below says what an entropy
+    coder would save.
+    """
+    counts = _code_counts(q)
+    p = counts / counts.sum(1, keepdim=True)
+    return -torch.special.xlogy(p, p).sum(1) / math.log(2)
+
+
+def effective_bits(q: QuantizedTensor) -> float:
+    """Bits per weight if the codes of each row were entropy-coded; scales, zero points and codebooks as stored."""
+    others = stored_bits(q) - 8 * packed_bytes(q.codes.numel(), q.format.bits)
+    return code_entropy(q).mean().item() + others / q.codes.numel()
+
+
+@torch.no_grad()
+def _code_counts(q: QuantizedTensor) -> Tensor:
+    """How often each code of the format occurs, `[rows, codes]` float64: for each codebook row, or the whole tensor."""
     low, high = q.format.code_range
     entries = high - low + 1
     codebook = q.qparams.codebook
-    rows = 1 if codebook is None else codebook.numel() // entries
+    rows = 1 if codebook is None else codebook.numel() // codebook.shape[-1]
     codes = q.granularity.view(q.codes).reshape(rows, -1).long() - low
-    used = torch.zeros(rows, entries, device=codes.device).scatter_(1, codes, 1.0)
-    return used.mean().item()
+    codes += torch.arange(rows, device=codes.device)[:, None] * entries
+    return torch.bincount(codes.view(-1), minlength=rows * entries).view(rows, entries).double()
 
 
 @torch.no_grad()

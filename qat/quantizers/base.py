@@ -68,16 +68,32 @@ class Quantizer(nn.Module, ABC):
     def initialize_from(self, view: Tensor) -> None:
         """Fill parameters and buffers in place from representative values `[groups, n]`."""
 
+    def initialize_weighted(self, view: Tensor, importance: Tensor) -> None:
+        """As `initialize_from`, with how much the error of each value counts; ignored where scales bound all alike."""
+        self.initialize_from(view)
+
     def make_observer(self) -> Observer:
         """What to gather from activations before `initialize_from`."""
         return MinMaxObserver()
 
     @final
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Fill parameters and buffers in place from `x`."""
+    def initialize(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """Fill parameters and buffers in place from `x`.
+
+        Args:
+            x: the tensor to quantize.
+            importance: how much the squared error of each element counts, shaped like `x`; None: all alike.
+
+        Raises:
+            InputError: if x holds an infinity or NaN.
+        """
         _refuse_infinity(x)
-        self.initialize_from(self.granularity.view(x))
+        view = self.granularity.view
+        if importance is None:
+            self.initialize_from(view(x))
+        else:
+            self.initialize_weighted(view(x), view(importance))
         self.initialized = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +116,6 @@ class Quantizer(nn.Module, ABC):
         codes = ops.quantize(x.detach(), qparams, self.format, self.granularity, stochastic=True)
         return straight_through(x, ops.dequantize(codes, qparams, self.format, self.granularity, x.dtype))
 
-    @final
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
         return fake_quantized_linear(x, weight, bias, self.ready_qparams(weight), self.format, self.granularity)

@@ -4,18 +4,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.errors import InputError, nearest
+from qat.kernels.codebook_ops import lloyd_step
 from qat.numerics.codebooks import NF4, table
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.granularity import Granularity, parse_granularity
-from qat.numerics.kmeans import kmeans_1d
-from qat.numerics.qtensor import QParams
+from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
+from qat.numerics.qtensor import QParams, scale_down, unscale
+from qat.numerics.soft import soft_assign
 from qat.numerics.ste import round_to_storage
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import from_log_scale, log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
+
+_INITS = ("kmeans", "entropy", "nf4")
 
 
 class KMeansQuantizer(Quantizer):
@@ -25,14 +30,23 @@ class KMeansQuantizer(Quantizer):
     (Deep Compression, arXiv 1510.00149) or at NF4, relative to the absolute maximum of what shares a scale; from then
     on each learns from the sum of its members' gradients, and weights pass theirs straight through.
 
+    `refresh` moves the centroids to the means of the weights that they have now, k-means' own update. Called after
+    every step, the codebook follows the weights; the gradients then still move it, but only until the next refresh.
+
+    With a `temperature`, training mixes the entries by their distance instead of taking the nearest (DKM, arXiv
+    2108.12659). In eval mode and in `quantize` the nearest entry is taken always: what ships is hard.
+
     Args:
         shape: shape of the tensor, see `Quantizer`.
         bits: 1 to 8; the codebook has 2^bits entries.
         entries: of the codebook, where it shall have another number of them, 2 to 256; `bits` is then not used.
         granularity: who shares a scale.
         codebook: who shares a codebook; the same as `granularity`, or coarser. Default: the same.
-        init: `kmeans` or `nf4` (4 bits).
+        init: `kmeans` (least squared error, weighted by importance where that is given), `entropy` (all codes equally
+            often) or `nf4` (4 bits).
         learn_scale: train the scales too; worth it where the codebook is coarser than they are.
+        temperature: of the soft assignment in training, in squared units of the codebook, which spans about [-1, 1];
+            None assigns hard. The callback `SoftKMeans` cools it.
     """
 
     def __init__(
@@ -45,13 +59,16 @@ class KMeansQuantizer(Quantizer):
         init: str = "kmeans",
         learn_scale: bool = False,
         scale_dtype: str = "bfloat16",
+        temperature: float | None = None,
     ) -> None:
         if bits not in range(1, 9):
             raise InputError(f"A k-means codebook has 1 to 8 bits, not {bits}.")
         entries = 2**bits if entries is None else entries
         super().__init__(shape, CodebookFormat(entries), granularity, scale_dtype)
-        if init not in ("kmeans", "nf4"):
-            raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, ('kmeans', 'nf4'))}")
+        if init not in _INITS:
+            raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, _INITS)}")
+        if temperature is not None and temperature <= 0:
+            raise InputError(f"temperature is {temperature}; it is positive, or null for hard assignment.")
         if init == "nf4" and entries != 16:
             raise InputError(f"init=nf4 has 16 entries, not {entries}: set bits=4 and no entries, or use init=kmeans.")
         sharing = self.granularity if codebook is None else parse_granularity(codebook)
@@ -62,6 +79,7 @@ class KMeansQuantizer(Quantizer):
                 f"Use granularity={sharing}, or a coarser codebook."
             )
         self.init = init
+        self.temperature = temperature
         self.initialized = False
         self.codebook = nn.Parameter(torch.zeros(*table_shape, entries))
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape), requires_grad=learn_scale)
@@ -78,15 +96,64 @@ class KMeansQuantizer(Quantizer):
         return SampleObserver()
 
     def initialize_from(self, view: Tensor) -> None:
+        self._fit(view, None)
+
+    def initialize_weighted(self, view: Tensor, importance: Tensor) -> None:
+        self._fit(view, importance)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Move every centroid to the mean of the weights that are nearest to it now, in place: one step of k-means.
+
+        A centroid without members is moved into the cell with the largest squared error.
+
+        Args:
+            weight: what this quantizer quantizes.
+            importance: how much the squared error of each weight counts, shaped like it; None: all alike.
+        """
+        scale, _, codebook, _ = self.ready_qparams(weight).for_view()
+        assert codebook is not None
+        view = self.granularity.view
+        moved = lloyd_step(view(weight), scale, codebook, None if importance is None else view(importance))
+        # Entries stay in their places, so that the optimizer's state of each goes on being its own.
+        self.codebook.scatter_(-1, self.codebook.argsort(dim=-1), moved.view_as(self.codebook))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._soft(x) if self._is_soft else super().forward(x)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self._soft(weight), bias) if self._is_soft else super().linear(x, weight, bias)
+
+    @property
+    def _is_soft(self) -> bool:
+        return self.training and self.temperature is not None and self.observer is None
+
+    def _soft(self, x: Tensor) -> Tensor:
+        """Fake-quantize with soft assignment, differentiable to x and to the codebook."""
+        assert self.temperature is not None
+        params = self.ready_qparams(x).for_view()
+        assert params.codebook is not None
+        v = scale_down(self.granularity.view(x), params)
+        v_hat = soft_assign(v.reshape(len(params.codebook), -1), params.codebook, self.temperature)
+        return self.granularity.unview(unscale(v_hat.view_as(v), params), x.shape).to(x.dtype)
+
+    def _fit(self, view: Tensor, importance: Tensor | None) -> None:
+        """Scales from the absolute maxima, the codebook as `init` says."""
         scale = absmax_params(view, self.format, self.scale_dtype).scale
         self.log_scale.data.copy_(log_scale_of(scale, self.scale_dtype).view(self.param_shape))
-        entries = self.codebook.shape[-1]
+        rows, entries = self.codebook.numel() // self.codebook.shape[-1], self.codebook.shape[-1]
         if self.init == "nf4":
             self.codebook.data.copy_(table(NF4).expand_as(self.codebook))
             return
-        rows = self.codebook.numel() // entries
-        relative = view.to(torch.float32) / scale
-        self.codebook.data.copy_(kmeans_1d(relative.reshape(rows, -1), entries).view_as(self.codebook))
+        # Where a codebook has one scale, its values are fitted as they are: bf16 weights stay bf16, which the histogram
+        # of long rows holds exactly.
+        alone = len(scale) == rows
+        values = (view if alone else view.to(torch.float32) / scale).reshape(rows, -1)
+        if self.init == "entropy":
+            found = equal_mass_1d(values, entries)
+        else:
+            found = kmeans_1d(values, entries, None if importance is None else importance.reshape(rows, -1))
+        self.codebook.data.copy_((found / scale if alone else found).view_as(self.codebook))
 
 
 def is_coarser(table_shape: Sequence[int], scale_shape: Sequence[int]) -> bool:

@@ -7,6 +7,7 @@ from torch import nn
 
 from qat.nn import PackedLayer, QuantLayer, quant_class
 from qat.nn.experts import is_experts
+from qat.quantizers import KMeansQuantizer
 from qat.transforms.rules import Scheme
 
 
@@ -15,6 +16,17 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
             yield name, module
+
+
+def codebooks(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantizer]]:
+    """Every layer of `model` with a learned codebook, the name of the weight and its quantizer; shared ones once."""
+    seen: set[int] = set()
+    for _, layer in quant_layers(model):
+        for name in layer.names(layer):
+            quantizer = getattr(layer, f"{name}_quantizer")
+            if isinstance(quantizer, KMeansQuantizer) and id(quantizer) not in seen:
+                seen.add(id(quantizer))
+                yield layer, name, quantizer
 
 
 def quantizes_weights(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import torch
 
 from qat.numerics.formats import CodebookFormat, IntFormat
 from qat.numerics.granularity import PerChannel
-from qat.numerics.metrics import clipped_share, code_use, sqnr, stored_bits
+from qat.numerics.metrics import clipped_share, code_entropy, code_use, effective_bits, sqnr, stored_bits
 from qat.numerics.qtensor import QParams, QuantizedTensor
 
 
@@ -36,3 +36,17 @@ def test_stored_bits_count_scales():
         codes, QParams(torch.ones(4, 1, dtype=torch.bfloat16)), IntFormat(3), PerChannel(), torch.float32
     )
     assert stored_bits(q) == 4 * 64 * 3 + 4 * 16
+
+
+def test_entropy_of_the_codes_of_each_row():
+    codes = torch.tensor([[0, 1, 2, 3], [2, 2, 2, 2], [0, 0, 3, 3]], dtype=torch.uint8)
+    qparams = QParams(torch.ones(3, 1, dtype=torch.bfloat16), codebook=torch.randn(3, 1, 4).bfloat16())
+    q = QuantizedTensor(codes, qparams, CodebookFormat(4), PerChannel(), torch.float32)
+    assert torch.allclose(code_entropy(q), torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64))
+    assert effective_bits(q) == 1 + (3 * 16 + 12 * 16) / 12
+
+
+def test_entropy_of_signed_codes_is_that_of_the_whole_tensor():
+    codes = torch.tensor([[-4, 3], [-4, 3]], dtype=torch.int8)
+    q = QuantizedTensor(codes, QParams(torch.ones(2, 1)), IntFormat(3), PerChannel(), torch.float32)
+    assert code_entropy(q).tolist() == [1.0]

@@ -1,0 +1,158 @@
+"""Importance of single weights: fit codebooks where errors hurt, not where weights are many."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import InputError
+from qat.nn import QuantLinear
+from qat.quantizers import NoQuantizer
+from qat.transforms.layers import codebooks, quant_layers
+
+_NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
+
+
+def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Fit every k-means codebook anew, the error of each weight counting as its squared gradient, averaged.
+
+    The diagonal of the Fisher information approximates that of the Hessian of the loss (SqueezeLLM, arXiv 2306.07629,
+    section 4.1). Gradients are those of the full-precision model; each batch gives one, so small batches say more.
+    Memory: one float32 a weight, and one gradient at a time.
+
+    Args:
+        model: prepared; called with each batch as keywords, returns an object with `loss`.
+        batches: mappings that hold labels.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: if there are codebooks but no batches, or the model returns no loss.
+    """
+    weights: list[Tensor] = [getattr(layer, name) for layer, name, _ in codebooks(model)]
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+    if not sums:
+        return model
+    with _full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
+        hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
+        try:
+            count = sum(_backward(model, batch) for batch in batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return _fit(model, sums, count)
+
+
+@torch.no_grad()
+def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Fit every linear layer's codebook anew, the error of a weight counting as the mean square of what it multiplies.
+
+    That is the diagonal of X^T X, the Hessian of each layer's own squared output error, the same for all rows. Layers
+    that share a weight add up. Embeddings, convolutions and experts keep the codebooks that they have.
+
+    Args:
+        model: prepared.
+        batches: mappings, passed as keywords.
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: if there are codebooks but no batches.
+    """
+    fitted = {layer.weight for layer, _, _ in codebooks(model) if isinstance(layer, QuantLinear)}
+    layers = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantLinear) and layer.weight in fitted]
+    sums = {layer.weight: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
+    if not sums:
+        return model
+    with _full_precision(model):
+        hooks = [layer.register_forward_pre_hook(_input_squares_into(sums[layer.weight])) for layer in layers]
+        try:
+            count = sum(_forward(model, batch) for batch in batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return _fit(model, {weight: total.expand_as(weight) for weight, total in sums.items()}, count)
+
+
+@torch.no_grad()
+def _fit(model: nn.Module, sums: Mapping[Tensor, Tensor], count: int) -> nn.Module:
+    """Initialize the quantizer of each weight; sums serve as well as means, because only ratios within a row count."""
+    if not count:
+        raise InputError(_NO_DATA)
+    for layer, name, quantizer in codebooks(model):
+        weight = getattr(layer, name)
+        if weight in sums:
+            quantizer.initialize(layer.as_matrix(layer, weight), layer.as_matrix(layer, sums[weight]))
+    return model
+
+
+@contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    """No quantizer at work, no dropout: what is measured is the model that is to be kept."""
+    kept = [
+        (layer, role, getattr(layer, role))
+        for _, layer in quant_layers(model)
+        for role in ("input_quantizer", "output_quantizer", *(f"{name}_quantizer" for name in layer.names(layer)))
+    ]
+    was_training = model.training
+    model.eval()
+    for layer, role, _ in kept:
+        setattr(layer, role, NoQuantizer())
+    try:
+        yield
+    finally:
+        for layer, role, quantizer in kept:
+            setattr(layer, role, quantizer)
+        model.train(was_training)
+
+
+@contextmanager
+def _gradients_only_of(model: nn.Module, chosen: Iterable[Tensor]) -> Iterator[None]:
+    """Other parameters need no gradient for a while."""
+    before: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, needs in before.items():
+            parameter.requires_grad_(needs)
+
+
+def _squares_into(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a weight's squared gradient to `total` and frees the gradient."""
+
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        total.add_(weight.grad.to(torch.float32).square())
+        weight.grad = None
+
+    return hook
+
+
+def _input_squares_into(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that adds the mean square of each input feature to `total`."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        total.add_(args[0].detach().to(torch.float32).square().flatten(0, -2).mean(0))
+
+    return hook
+
+
+def _backward(model: nn.Module, batch: Any) -> int:
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise InputError("transforms=fisher needs a loss: give it batches with labels, or take transforms=hessian.")
+    loss.backward()
+    return 1
+
+
+def _forward(model: nn.Module, batch: Any) -> int:
+    model(**batch)
+    return 1
