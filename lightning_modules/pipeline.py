@@ -23,7 +23,7 @@ from qat import convert, load, prepare
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
-from qat.transforms import quantizes_weights, uncalibrated
+from qat.transforms import is_quantized, quantizes_weights, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
@@ -84,7 +84,7 @@ class Job:
         self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
         self._measure(FULL, sum(count * width for count, width in sizes))
         self._prepare()
-        quantized = quantizes_weights(self.model)
+        quantized = is_quantized(self.model)
         if quantized:
             self._measure(ROUNDED)
         if self.cfg.fit:
@@ -93,7 +93,7 @@ class Job:
         if quantized and self.cfg.export:
             self._export()
         elif self.cfg.export:
-            self._say("Nothing was exported: the scheme quantizes no weight.")
+            self._say("Nothing was exported: the scheme quantizes no weight, key or value.")
         self.report.print(self.console)
         self._draw()
         return self.report.rows

@@ -28,7 +28,8 @@ def composed(tmp_path, *overrides):
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_composes_and_instantiates(option, tmp_path):
     group, name = option.parent.name, option.name
-    override = f"quantizer@scheme.weight={name}" if group == "quantizer" else f"{group}={name}"
+    place = {"quantizer": "@scheme.weight", "kv": "@scheme.kv"}.get(group, "")
+    override = f"{group}{place}={name}"
     cfg = composed(tmp_path, override, *REQUIRED.get(str(option), []), "paths.cache_dir=x")
     if group in ("model", "data"):
         return  # these read files and models; tests/lightning_modules and the README test run them

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from benchmarks.tables import filled
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "schemes.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "schemes.md", ROOT / "docs" / "quantizers.md"]
 
 
 def commands():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import InputError
+from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.metrics import clipped_share, code_entropy, code_use, sqnr
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
@@ -126,7 +127,14 @@ def _measure_activation(
 
 
 def _activation_quantizers(module: nn.Module) -> list[tuple[str, Quantizer]]:
-    return [
+    """Those of inputs, outputs, keys and values, with what their figures are called."""
+    cached = [
+        (f"{name.removeprefix('model.')}.{role}", quantizer)
+        for name, _, kv in kv_layers(module)
+        for role, quantizer in (("key", kv.key_quantizer), ("value", kv.value_quantizer))
+        if isinstance(quantizer, Quantizer)
+    ]
+    return cached + [
         (f"{name.removeprefix('model.')}.{role}", quantizer)
         for name, layer in quant_layers(module)
         for role, quantizer in (("input", layer.input_quantizer), ("output", layer.output_quantizer))

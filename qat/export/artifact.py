@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
+from qat.nn.attention import PREFIX
 from qat.numerics.metrics import stored_bits
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
+from qat.transforms.kv import describe_kv, restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
 
 FORMAT_VERSION = 2
@@ -44,7 +46,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             cannot be written.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
-    if not layers:
+    kv = describe_kv(model)
+    if not layers and kv is None:
         raise InputError("Nothing to save: no layer stores codes. Call qat.convert(model) first.")
     if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / _CONFIG).is_file():
         raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
@@ -60,12 +63,13 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             raise InputError(f"Cannot write {folder}: {error}. Free space, or choose another folder.") from error
         config = {
             "format_version": FORMAT_VERSION,
-            "bits_per_weight": bits_per_weight(model),
+            "bits_per_weight": bits_per_weight(model) if layers else None,
             "sha256": _sha256(temporary / _WEIGHTS),
-            "attention": getattr(parts[0], "_attn_implementation", None),
+            "attention": _attention(parts[0]),
             "experts": getattr(parts[0], "_experts_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "kv": kv,
         }
         (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return Path(folder)
@@ -100,6 +104,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
     conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
     for name, description in config["layers"].items():
         replace(model, name, _allocate(name, description, model))
+    restore_kv(model, config.get("kv"))
     _fill(model, tensors, config["tied"])
     return model.eval()
 
@@ -120,6 +125,12 @@ def bits_per_weight(model: nn.Module) -> float:
     if not quantized:
         raise InputError("The model has no quantized weight, so it has no bits per weight.")
     return sum(map(stored_bits, quantized.values())) / sum(q.shape.numel() for q in quantized.values())
+
+
+def _attention(config: Any) -> str | None:
+    """The attention implementation of the architecture; that of quantized keys and values is put on top of it."""
+    name = getattr(config, "_attn_implementation", None)
+    return None if name is None else name.removeprefix(PREFIX)
 
 
 def _describe(layer: PackedLayer) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
 from qat.transforms.importance import fisher, hessian
-from qat.transforms.layers import codebooks, quant_layers, quantizes_weights
+from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
 from qat.transforms.prepare import prepare
-from qat.transforms.rules import Rule, Scheme
+from qat.transforms.rules import KVCache, Rule, Scheme
 
 __all__ = [
+    "KVCache",
     "Rule",
     "Scheme",
     "calibrate",
@@ -15,6 +16,7 @@ __all__ = [
     "convert",
     "fisher",
     "hessian",
+    "is_quantized",
     "prepare",
     "quant_layers",
     "quantizes_weights",

@@ -5,7 +5,9 @@ from torch import nn
 
 from qat.errors import InputError
 from qat.nn import PackedTensor, QuantLayer, StoredActivation
+from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import Quantizer
+from qat.transforms.kv import store_kv
 from qat.transforms.layers import quant_layers, replace
 
 # The packed codes of every Parameter, by the Parameter's id.
@@ -16,19 +18,19 @@ def convert(model: nn.Module) -> nn.Module:
     """Replace every layer of `model` that quantizes its weight by one that stores codes, in place.
 
     Layers that share a weight share its packed codes. The full-precision weights are released. Layers that quantize
-    nothing but gradients, which inference has none of, become plain again.
+    nothing but gradients, which inference has none of, become plain again. KV quantizers keep what they compute.
 
     Raises:
         InputError: if nothing was prepared, a weight holds NaN, or a static quantizer was never calibrated.
     """
     packed: Packed = {}
     layers = list(quant_layers(model))
-    if not layers:
+    if not layers and next(kv_layers(model), None) is None:
         raise InputError("Nothing to convert: no layer quantizes. Call qat.prepare(model, scheme) first.")
     for name, layer in layers:
         new = _packed_layer(name, layer, packed) if layer.packs else layer.plain()
         replace(model, name, new.train(layer.training))
-    return model
+    return store_kv(model)
 
 
 def _packed_layer(name: str, layer: QuantLayer, packed: Packed) -> nn.Module:

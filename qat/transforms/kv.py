@@ -13,7 +13,7 @@ from qat.nn.activation import StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers, tokens_of_group
 from qat.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
-from qat.transforms.rules import QuantizerFactory
+from qat.transforms.rules import KVCache, QuantizerFactory
 
 _UNSUPPORTED = "Leave keys and values in full precision (NoQuantizer), or take a model with full causal attention."
 
@@ -37,13 +37,12 @@ def quantize_kv(
         InputError: if the model has no attention of the supported kind, a layout would let a token's scale depend on
             later tokens, or it does not fit head_dim.
     """
-    attentions = _attention_layers(model)
+    if not KVCache(key, value).quantizes:
+        return model
     installed = {}
-    for name, module in attentions.items():
+    for name, module in _attention_layers(model).items():
         made = _make(key, module, f"{name}, keys"), _make(value, module, f"{name}, values")
         installed[name] = KVQuantizer(made[0], made[1], window).to(_device(module))
-    if all(isinstance(role, nn.Identity) for kv in installed.values() for role in kv.children()):
-        return model
     _install(model, installed)
     return model
 

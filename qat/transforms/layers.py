@@ -7,6 +7,7 @@ from torch import nn
 
 from qat.nn import PackedLayer, QuantLayer, quant_class
 from qat.nn.experts import is_experts
+from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import KMeansQuantizer
 from qat.transforms.rules import Scheme
 
@@ -32,6 +33,11 @@ def codebooks(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantiz
 def quantizes_weights(model: nn.Module) -> bool:
     """Whether a weight of `model` has codes, or gets them when converted; quantized gradients alone leave it full."""
     return any(isinstance(m, PackedLayer) or (isinstance(m, QuantLayer) and m.packs) for m in model.modules())
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `model` computes or stores something with codes: weights, or keys and values."""
+    return quantizes_weights(model) or next(kv_layers(model), None) is not None
 
 
 def plain_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from torch import nn
 from qat.errors import InputError
 from qat.nn import QuantLayer, quant_class
 from qat.transforms.build import Shared, quant_layer, suited
+from qat.transforms.kv import quantize_kv
 from qat.transforms.layers import conv1d_to_linear, kept_layers, plain_layers, replace
 from qat.transforms.rules import Rule, Scheme
 
@@ -24,7 +25,7 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
     Those are nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and modules with 3-D weights of experts. Their Parameters
     stay the same objects; GPT-2's Conv1D becomes an nn.Linear with transposed ones first. A Parameter that several
     layers share, such as a tied embedding's, gets one weight quantizer, shared too.
-    Static activation quantizers still need `calibrate`.
+    Static activation quantizers still need `calibrate`. Keys and values are quantized as `quantize_kv` says.
 
     Args:
         initialize: fit the weight quantizers to the weights now; leave out when a checkpoint will be loaded over them.
@@ -54,6 +55,7 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
         swapped[name] = quant_layer(name, layers[name], _kind(layers[name]), rule, shared, initialize)
         progress(done, len(rules))
     # Only now, so that a scheme that is refused leaves the model as it was.
+    quantize_kv(model, scheme.kv.key, scheme.kv.value, scheme.kv.window)
     for name, layer in swapped.items():
         replace(model, name, layer)
     return model

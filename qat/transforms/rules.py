@@ -16,6 +16,25 @@ QuantizerFactory = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
+class KVCache:
+    """What the keys and values of every attention layer get; see `qat.nn.kv_quantizer.KVQuantizer` for the layouts.
+
+    Args:
+        key, value: make the quantizers, or leave full precision.
+        window: the number of latest tokens that stay in full precision.
+    """
+
+    key: QuantizerFactory = NoQuantizer
+    value: QuantizerFactory = NoQuantizer
+    window: int = 0
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether keys or values get a quantizer."""
+        return _given(self.key) or _given(self.value)
+
+
+@dataclass(frozen=True)
 class Rule:
     """What the layers that `match` get. A rule without any quantizer leaves them in full precision.
 
@@ -60,6 +79,7 @@ class Scheme:
     embedding, whose input holds no activations, takes no `input` and no `grad`.
 
     Args:
+        kv: quantizers of the KV cache, for every attention layer.
         rules: named rules, tried in order; the first that matches wins.
         exclude: layers that stay in full precision; comes before `rules`.
         head: quantize the output head too; it stays in full precision otherwise, whatever `rules` say.
@@ -71,6 +91,7 @@ class Scheme:
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
     grad: QuantizerFactory = NoQuantizer
+    kv: KVCache = KVCache()
     rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
     head: bool = False

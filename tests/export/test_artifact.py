@@ -13,9 +13,12 @@ import qat
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import GridContractError, check_logits
-from qat.quantizers import MinMaxQuantizer
+from qat.nn.kv_cache import QuantizedCache
+from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer
+from qat.transforms import KVCache
 from tests.conftest import tiny_llama
 from tests.models import tiny_mixtral
+from tests.nn.kv_models import LAYOUTS
 from tests.transforms.test_prepare import SCHEMES, prepared, tokens
 
 
@@ -216,3 +219,26 @@ def test_the_contract_check_can_fail():
 def test_generation_works_from_an_artifact(artifact):
     out = qat.load(artifact).generate(tokens(1), max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 21)
+
+
+@pytest.mark.parametrize(
+    "weight", [partial(LSQQuantizer, bits=4, granularity="per_group_32"), NoQuantizer], ids=["w4", "w16"]
+)
+@pytest.mark.parametrize("name", ["int4", "kivi4_window8", "static", "nf4"])
+def test_a_quantized_cache_is_stored_and_serves(name, weight, tmp_path):
+    """Whole passes give the trained model's bits, and generation goes on with packed codes."""
+    key, value, window = LAYOUTS[name]
+    scheme = qat.Scheme(weight=weight, kv=KVCache(key, value, window))
+    model = qat.prepare(tiny_llama(), scheme).eval()
+    ids = torch.randint(0, 96, (2, 24))
+    qat.calibrate(model, [{"input_ids": ids, "use_cache": False}])
+    with torch.no_grad():
+        trained = model(ids, use_cache=False).logits
+        loaded = qat.load(qat.save(qat.convert(model), tmp_path / "artifact"))
+        assert torch.equal(loaded(ids, use_cache=False).logits, trained)
+        cache = loaded(ids).past_key_values
+    assert isinstance(cache, QuantizedCache)
+    layers, batch, heads, head_dim = 2, 2, 2, 16
+    assert cache.nbytes < 2 * layers * batch * heads * 24 * head_dim * 4
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
