@@ -4,13 +4,22 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import qat
 from qat.export.parity import check_logits
+from qat.kernels.codebook_means import reference
+from qat.kernels.codebook_ops import lloyd_step
 from qat.kernels.linear import fake_quantized_linear
 from qat.numerics.functional import fake_quantize
+from qat.numerics.metrics import sqnr
+from qat.quantizers import MinMaxQuantizer, Quantizer
 from tests.conftest import tiny_llama
 from tests.lightning_modules.test_cli import shell  # noqa: F401
+from tests.nn.kv_models import in_parts, quantized, whole
+from tests.nn.kv_models import tokens as kv_tokens
+from tests.test_configs import CONFIGS
 from tests.transforms.test_prepare import SCHEMES, tokens
 
 pytestmark = pytest.mark.gpu
@@ -44,3 +53,49 @@ def test_gradients_equal_those_of_the_definition():
 
 def test_a_whole_run_on_the_gpu(shell):  # noqa: F811
     shell.run("debug=fast", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "quantizer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_quantizer_computes_as_on_the_cpu(path):
+    """The same codes but where a rounding flips, and the grid contract on the GPU itself."""
+    factory = instantiate(OmegaConf.load(path))
+    x = torch.randn(64, 192)
+    here, there = factory(shape=x.shape), factory(shape=x.shape).cuda()
+    if not isinstance(here, Quantizer):
+        return
+    here.initialize(x)
+    there.load_state_dict(here.state_dict())
+    q = there.quantize(x.cuda())
+    if not there.stochastic:
+        assert torch.equal(there(x.cuda()), q.dequantize())
+        assert (here.quantize(x).codes == q.codes.cpu()).float().mean() > 0.999
+    assert sqnr(x, q.dequantize().cpu()) > 3
+
+
+@pytest.mark.parametrize("entries", [2, 3, 8, 16, 256])
+@pytest.mark.parametrize("shape", [(64, 512), (1, 100_000), (7, 33)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_refresh_kernel_equals_its_reference(entries, shape, weighted):
+    x = torch.randn(shape, device="cuda")
+    codebook = (torch.rand(shape[0], entries, device="cuda") * 8 - 4).sort(dim=1).values  # some entries are dead
+    scale = torch.rand(shape[0], 1, device="cuda") + 0.5
+    importance = torch.rand(shape, device="cuda") if weighted else None
+    moved = lloyd_step(x, scale, codebook, importance)
+    expected = reference.lloyd_step(x, scale, codebook, importance)
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(moved, lloyd_step(x, scale, codebook, importance))
+
+
+@pytest.mark.parametrize("layout", ["int4", "nf4", "fp8", "kivi4_window8"])
+def test_a_quantized_cache_serves_what_was_trained(layout):
+    model = quantized(layout).cuda()
+    ids = kv_tokens().cuda()
+    torch.testing.assert_close(in_parts(model, ids, 7)[0], whole(model, ids))
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, ids.shape[1] + 4)
+
+
+def test_gradients_are_rounded_without_bias_on_the_gpu():
+    quantizer = MinMaxQuantizer((64,), bits=8, granularity="per_token", rounding="stochastic").cuda()
+    x = torch.randn(32, 64, device="cuda")
+    mean = torch.stack([quantizer(x) for _ in range(500)]).mean(0)
+    assert sqnr(x, mean) > sqnr(x, quantizer(x)) + 20
