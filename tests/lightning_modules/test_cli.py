@@ -105,7 +105,11 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         ["method=fp", "trainer.accumulate_grad_batches=2"],
         ["trainer.enable_progress_bar=false", "callbacks.monitor=null", "trainer.max_epochs=1", "trainer.max_steps=-1"],
         ["logger=tensorboard"],
-        ["scheme.embedding=true", "quantizer@scheme.grad=minmax_token"],
+        ["scheme.embedding=true", "quantizer@scheme.grad=grad_token"],
+        [
+            *("kv@scheme.kv=kivi", "scheme.kv.value.granularity=per_group_16", "quantizer@scheme.input=fp8_token"),
+            *("callbacks.smooth_start.delay_steps=1", "scheme.kv.window=4"),
+        ],
         ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
     ],
     ids=[
@@ -117,6 +121,7 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         "epochs",
         "tensorboard",
         "embedding and gradients",
+        "kivi cache, fp8, smooth start",
         "checkpointing",
     ],
 )
@@ -138,7 +143,7 @@ def test_quantized_gradients_train_a_full_precision_model(shell):
     assert list(rows) == ["full precision", "after training"]
     assert rows["after training"]["perplexity"] < 0.8 * rows["full precision"]["perplexity"]
     assert rows["after training"]["bits_per_weight"] == 32
-    assert "Nothing was exported: the scheme quantizes no weight." in output
+    assert "Nothing was exported: the scheme quantizes no weight, key or value." in output
     assert not (shell.folder / "run" / "native").exists()
 
 
