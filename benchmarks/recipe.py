@@ -19,7 +19,7 @@ from lightning_modules.models import load_smollm2
 
 MODEL = "smollm2-rotated"
 BATCH, LENGTH = 8, 512
-LR, QUANTIZER_LR, WARMUP = 2e-4, 1e-3, 15
+LR, QUANTIZER_LR, WARMUP = 5e-5, 1e-3, 15
 
 
 def device() -> torch.device:
