@@ -25,6 +25,7 @@ class SmoothStart(Callback):
         if delay_steps < 0 or ramp_steps < 0:
             raise InputError(f"callbacks.smooth_start has {delay_steps} and {ramp_steps} steps; they start at 0.")
         self.delay_steps, self.ramp_steps = delay_steps, ramp_steps
+        self._quantizers: list[Quantizer] = []
 
     def strength(self, step: int) -> float:
         """Share of the quantization error that the optimizer step number `step` sees."""
@@ -37,11 +38,11 @@ class SmoothStart(Callback):
                 f"callbacks.smooth_start ends after {self.delay_steps + self.ramp_steps} steps, the training after "
                 f"{steps}: nothing would train on what ships. Shorten it, or raise trainer.max_steps."
             )
+        self._quantizers = activation_quantizers(pl_module) if self.delay_steps or self.ramp_steps else []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.delay_steps or self.ramp_steps:
-            for quantizer in activation_quantizers(pl_module):
-                quantizer.strength = self.strength(trainer.global_step)
+        for quantizer in self._quantizers:
+            quantizer.strength = self.strength(trainer.global_step)
 
 
 def activation_quantizers(model: nn.Module) -> list[Quantizer]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
+from qat.kernels.codebook_means import reference as codebook_means
 from qat.kernels.fake_quantize import reference
 from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import Granularity
@@ -79,6 +80,14 @@ def _backward_fake(
     )
 
 
+def _lloyd_step_on_cuda(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
+    # Imported at the first call: `import qat` stays light, and machines without a GPU need no Triton.
+    from qat.kernels.codebook_means import triton
+
+    with torch.no_grad(), torch.cuda.device(x.device):
+        return triton.lloyd_step(x, scale, codebook, importance)
+
+
 quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize_reference, _codes_fake)
 _quantize_stochastic_view = _operator(
     f"quantize_stochastic(Tensor x, {_GRID}) -> Tensor",
@@ -98,6 +107,12 @@ _fake_quantize_backward_ = _operator(
     _backward_reference,
     _backward_fake,
 )
+_lloyd_step = _operator(
+    "lloyd_step(Tensor x, Tensor scale, Tensor codebook, Tensor? importance) -> Tensor",
+    codebook_means.lloyd_step,
+    lambda x, scale, codebook, importance: torch.empty_like(codebook),
+)
+torch.library.impl("qat::lloyd_step", "cuda")(_lloyd_step_on_cuda)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,3 +187,18 @@ def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Gra
     out = torch.empty(elements_shape(view.shape, format), dtype=dtype, device=codes.device)
     dequantize_view_(view, out, *grid_of(qparams, format, len(view)))
     return granularity.unview(out, elements_shape(codes.shape, format))
+
+
+def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Move each entry of a codebook to the mean of its members; see `qat.kernels.codebook_means.reference`.
+
+    Args:
+        x: the view `[groups, elements]`.
+        scale: `[groups, 1]` float32.
+        codebook: `[rows, entries]` float32, ascending.
+        importance: weights of x, shaped like it; None weighs evenly.
+
+    Returns:
+        The new entries `[rows, entries]`, each in its place.
+    """
+    return _lloyd_step(x, scale, codebook, importance)

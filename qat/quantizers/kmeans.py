@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import InputError, nearest
-from qat.kernels.codebook_ops import lloyd_step
+from qat.kernels.ops import lloyd_step
 from qat.numerics.codebooks import NF4, table
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
+from qat.numerics.kmeans.soft import soft_assign
 from qat.numerics.qtensor import QParams, scale_down, unscale
-from qat.numerics.soft import soft_assign
 from qat.numerics.ste import round_to_storage
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import from_log_scale, log_scale_of

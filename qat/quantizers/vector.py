@@ -9,9 +9,9 @@ from qat.errors import InputError
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import VectorFormat
 from qat.numerics.granularity import Granularity, parse_granularity
+from qat.numerics.kmeans.vectors import kmeans_vectors
 from qat.numerics.qtensor import QParams, codes_shape
 from qat.numerics.ste import round_to_storage
-from qat.numerics.vector_kmeans import kmeans_vectors
 from qat.quantizers.base import Quantizer
 from qat.quantizers.kmeans import is_coarser
 from qat.quantizers.log_scale import from_log_scale, log_scale_of

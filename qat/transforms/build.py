@@ -56,7 +56,7 @@ def quant_layer(
     )
     for quantizer in quantizers[1:]:
         quantizer.to(parameter.device)
-    return _in_context(lambda: kind(module, quantizers), name)
+    return in_context(lambda: kind(module, quantizers), name)
 
 
 def _weight_quantizer(
@@ -73,24 +73,29 @@ def _activation(factory: QuantizerFactory, features: int, name: str, role: str) 
     if not isinstance(quantizer, Quantizer):
         return quantizer
     where = f"{name}, {role}"
-    if quantizer.rule is None and quantizer.granularity not in (PerTensor(), PerChannel(-1)):
-        raise InputError(
-            f"{where}: a static or learned quantizer of activations needs granularity per_tensor or "
-            f"per_channel_-1, not {quantizer.granularity}; or take a dynamic one (minmax_token)."
-        )
-    if quantizer.rule is None and quantizer.initialized:
-        raise InputError(
-            f"{where}: {type(quantizer).__name__} computes its qparams from x but names no rule, so "
-            "they cannot be stored. Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
-        )
+    in_context(lambda: check_storable(quantizer, "activations"), where)
     if not _suits_activations(quantizer.granularity):
         raise InputError(
             f"{where}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
             "take per_token, per_tensor, per_channel_-1 or per_group_N."
         )
     if quantizer.initialized:
-        _in_context(lambda: StoredActivation.from_quantizer(quantizer), where)
+        in_context(lambda: StoredActivation.from_quantizer(quantizer), where)
     return quantizer
+
+
+def check_storable(quantizer: Quantizer, what: str) -> None:
+    """Refuse a quantizer whose qparams for `what` follow neither from stored numbers nor from a rule with a name."""
+    if quantizer.rule is None and quantizer.initialized:
+        raise InputError(
+            f"{type(quantizer).__name__} computes its qparams from x but names no rule, so they cannot be stored. "
+            "Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
+        )
+    if quantizer.rule is None and quantizer.granularity not in (PerTensor(), PerChannel(-1)):
+        raise InputError(
+            f"a static or learned quantizer of {what} needs granularity per_tensor or per_channel_-1, not "
+            f"{quantizer.granularity}; or take a dynamic one (minmax_token)."
+        )
 
 
 def _suits_activations(granularity: Granularity) -> bool:
@@ -115,10 +120,10 @@ def _gradient(factory: QuantizerFactory, features: int, name: str) -> nn.Module:
 
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
-    return _in_context(lambda: factory(shape=shape), f"{name}, {role} of shape {list(shape)}")
+    return in_context(lambda: factory(shape=shape), f"{name}, {role} of shape {list(shape)}")
 
 
-def _in_context(work: Callable[[], Any], context: str) -> Any:
+def in_context(work: Callable[[], Any], context: str) -> Any:
     """Do `work`; a mistake names the layer that it was found at."""
     try:
         return work()

@@ -11,8 +11,9 @@ from torch import nn
 from qat.errors import InputError
 from qat.nn.activation import StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers, tokens_of_group
-from qat.numerics.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.granularity import PerBlock, PerGroup, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
+from qat.transforms.build import check_storable, in_context
 from qat.transforms.rules import KVCache, QuantizerFactory
 
 _UNSUPPORTED = "Leave keys and values in full precision (NoQuantizer), or take a model with full causal attention."
@@ -173,19 +174,18 @@ def _decoder(model: nn.Module, attentions: list[nn.Module]) -> nn.Module:
 
 def _make(factory: QuantizerFactory, module: Any, where: str) -> nn.Module:
     features = _head_dim(module)
-    try:
-        quantizer = factory(shape=(0, features))
-        if isinstance(quantizer, Quantizer):
-            _check_layout(quantizer)
-            # One group of tokens, for who asks later for an example of what is quantized.
-            quantizer.shape = (tokens_of_group(quantizer), features)
-            if quantizer.initialized:
-                StoredActivation.from_quantizer(quantizer)
-        return quantizer
-    except InputError as error:
-        raise InputError(f"{where} of head_dim {features}: {error}") from error
-    except TypeError as error:
-        raise InputError(f"{where} of head_dim {features}: the quantizer refused its options: {error}") from error
+    return in_context(lambda: _fitting(factory, features), f"{where} of head_dim {features}")
+
+
+def _fitting(factory: QuantizerFactory, features: int) -> nn.Module:
+    quantizer = factory(shape=(0, features))
+    if isinstance(quantizer, Quantizer):
+        _check_layout(quantizer)
+        # One group of tokens, for who asks later for an example of what is quantized.
+        quantizer.shape = (tokens_of_group(quantizer), features)
+        if quantizer.initialized:
+            StoredActivation.from_quantizer(quantizer)
+    return quantizer
 
 
 def _check_layout(quantizer: Quantizer) -> None:
@@ -197,16 +197,8 @@ def _check_layout(quantizer: Quantizer) -> None:
                 f"a dynamic scale {granularity} would depend on later tokens; take per_token, per_group_N or "
                 "per_block_32x1, or a static quantizer."
             )
-    elif quantizer.initialized:
-        raise InputError(
-            f"{type(quantizer).__name__} computes its qparams from x but names no rule, so they cannot be stored. "
-            "Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
-        )
-    elif granularity not in (PerTensor(), PerChannel(-1)):
-        raise InputError(
-            f"a static or learned quantizer of keys and values needs granularity per_tensor or per_channel_-1, not "
-            f"{granularity}; or take a dynamic one (minmax_token)."
-        )
+    else:
+        check_storable(quantizer, "keys and values")
 
 
 def _head_dim(module: Any) -> int:

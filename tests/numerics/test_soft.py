@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qat.numerics import soft
-from qat.numerics.soft import soft_assign
+from qat.numerics.kmeans import soft
+from qat.numerics.kmeans.soft import soft_assign
 
 
 def plain(v, codebook, temperature):

@@ -65,10 +65,11 @@ class CodebookFormat(Format):
 
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         table = check_codebook(self, codebook)
-        flat = codes.reshape(table.shape[0], -1)
-        if out is None:
-            return table.gather(1, flat.long()).view(codes.shape)
-        torch.gather(table, 1, self.entry(flat), out=out.view(flat.shape))
+        entry = self.entry(codes)
+        flat = entry.view(table.shape[0], -1)
+        if out is None:  # autograd keeps the index, which is scratch
+            return table.gather(1, flat.clone()).view(entry.shape)
+        torch.gather(table, 1, flat, out=out.view(flat.shape))
         return out
 
 

@@ -81,8 +81,13 @@ class FloatFormat(Format):
         return magnitude.clamp_(max=self._highest).add_(negative, alpha=2.0 ** (self.bits - 1))
 
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        values = _values(self).to(codes.device)
+        values = _values_on(self, codes.device)
         return values[codes.long()] if out is None else torch.take(values, as_index(codes), out=out)
+
+
+@lru_cache
+def _values_on(format: FloatFormat, device: torch.device) -> Tensor:
+    return _values(format).to(device)
 
 
 @lru_cache

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
-from qat.numerics.formats.base import Format, as_index
-from qat.numerics.formats.codebook import check_codebook
+from qat.numerics.formats.base import as_index
+from qat.numerics.formats.codebook import CodebookFormat, check_codebook
 from qat.scratch import scratch
 
 # Elements whose distances to all entries are held at once.
@@ -15,7 +15,7 @@ _AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
-class VectorFormat(Format):
+class VectorFormat(CodebookFormat):
     """A table of `entries` vectors of `block` numbers: each code stands for `block` consecutive elements.
 
     Vector quantization (And the Bit Goes Down, arXiv 1907.05686; GPTVQ, arXiv 2402.15319): with two dimensions, 16
@@ -23,7 +23,6 @@ class VectorFormat(Format):
     `groups / rows` consecutive groups. As any codebook it does not clip.
     """
 
-    entries: int
     block: int = 2
 
     def __post_init__(self) -> None:
@@ -33,21 +32,6 @@ class VectorFormat(Format):
     @property
     def name(self) -> str:
         return f"vector{self.entries}x{self.block}"
-
-    @property
-    def bits(self) -> int:
-        return (self.entries - 1).bit_length()
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        return 0, self.entries - 1
-
-    @property
-    def saturates(self) -> bool:
-        return False
-
-    def range(self) -> tuple[float, float]:
-        return -1.0, 1.0
 
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         if noise is not None:
@@ -61,15 +45,6 @@ class VectorFormat(Format):
         for part, own in zip(vectors.split(step, dim=1), codes.split(step, dim=1), strict=True):
             torch.argmax(torch.baddbmm(-half_norms, part, table.transpose(1, 2)), dim=2, out=own)
         return codes.view(v.shape[0], -1)
-
-    def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        table = check_codebook(self, codebook)
-        entry = self.entry(codes)
-        flat = entry.view(table.shape[0], -1)
-        if out is None:  # autograd keeps the index, which is scratch
-            return table.gather(1, flat.clone()).view(entry.shape)
-        torch.gather(table, 1, flat, out=out.view(flat.shape))
-        return out
 
     def entry(self, codes: Tensor) -> Tensor:
         first = as_index(codes).mul_(self.block)[..., None]
