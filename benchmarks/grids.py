@@ -6,19 +6,22 @@ TEXTS is a folder with the training texts, *.train.txt, and the evaluation text,
 separated by lines of <|endoftext|>. Training is that of benchmarks/recipe.py. Three figures for each grid: `ppl_fp`,
 the model trained without quantization; `ppl_rtn`, that model rounded; `ppl_qat`, the untrained model trained with the
 grid on the same tokens in their order. All linear layers but the head are quantized, weights only.
+
+Grids of equal bits share a learning rate. The full-precision model and the integers of 2, 3 and 4 bits are trained at
+every rate; the best of the former is the one that is rounded.
 """
 
 import argparse
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import qat
-from benchmarks.recipe import BATCH, LENGTH, MODEL, fit, load, perplexity, run_all
+from benchmarks.recipe import BATCH, LENGTH, MODEL, fit, load, perplexity
 from benchmarks.record import record
 from benchmarks.texts import windows
 from qat.atomic import replaced_file
@@ -73,6 +76,9 @@ GRIDS = {
     "mxfp8-g32": partial(MicroscalingQuantizer, format="fp8_e4m3"),
 }
 FP = "fp"
+RATES = (2e-5, 5e-5, 1e-4)
+AT_EVERY_RATE = (FP, "int2-g64", "int3-g64", "int4-g64")
+Arm = tuple[str, float]
 
 
 def main() -> None:
@@ -80,49 +86,68 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
     parser.add_argument("--work", type=Path, default=Path("outputs/grids"), help="where rows and the fp model are kept")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--together", type=int, default=1, help="models that share the device")
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--arm", choices=[FP, *GRIDS], help="run one arm in this process")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.arm:
-        run(options.arm, options)
-        return
-    for arms, jobs in (([FP], 1), (options.grids, options.jobs)):
-        run_all("benchmarks.grids", [arm for arm in arms if not _row(options.work, arm).is_file()], jobs)
-    done = [grid for grid in GRIDS if _row(options.work, grid).is_file()]
-    rows = [json.loads(_row(options.work, arm).read_text()) for arm in (FP, *done)]
-    record("grids", f"python -m benchmarks.grids --texts TEXTS --steps {options.steps} --jobs {options.jobs}", rows)
+    texts = windows(options.texts, LENGTH)
+    fp = [(FP, rate) for rate in RATES]
+    grids = [arm for grid in options.grids for arm in arms_of(grid)]
+    for arms in (fp, grids):
+        missing = [arm for arm in arms if not _row(options.work, arm).is_file()]
+        for begin in range(0, len(missing), options.together):
+            run(missing[begin : begin + options.together], texts, options)
+    rows = [json.loads(_row(options.work, arm).read_text()) for arm in fp + grids]
+    command = f"python -m benchmarks.grids --texts TEXTS --steps {options.steps} --together {options.together}"
+    record("grids", command, rows)
 
 
-def run(arm: str, options: argparse.Namespace) -> None:
-    """Train one arm and write its row."""
-    start = time.perf_counter()
-    train, val = windows(options.texts, LENGTH)
-    row: dict[str, Any] = {"grid": arm, "model": MODEL, "text": "wiki106.val"}
-    row |= {"steps": options.steps, "tokens": options.steps * BATCH * LENGTH}
-    if arm == FP:
-        model = load()
-        row |= {"bits_per_weight": 32.0, "ppl_base": perplexity(model, val)}
-        row["ppl_fp"] = perplexity(fit(model, train, options.steps), val)
-        with replaced_file(options.work / "fp.pt") as temporary:
-            torch.save(model.state_dict(), temporary)
-    else:
-        scheme = qat.Scheme(weight=GRIDS[arm])
-        row["ppl_fp"] = json.loads(_row(options.work, FP).read_text())["ppl_fp"]
-        tuned = torch.load(options.work / "fp.pt", map_location="cpu", weights_only=True)
-        rounded = qat.prepare(load(tuned), scheme)
-        row |= {"bits_per_weight": bits_per_weight(rounded), "ppl_rtn": perplexity(rounded, val)}
-        del rounded, tuned
-        row["ppl_qat"] = perplexity(fit(qat.prepare(load(), scheme), train, options.steps), val)
-    row["seconds"] = time.perf_counter() - start
-    with replaced_file(_row(options.work, arm)) as temporary:
-        temporary.write_text(json.dumps(row))
-    print(row, flush=True)
+def arms_of(grid: str) -> list[Arm]:
+    """The learning rates that `grid` is trained with; fewer bits want larger ones."""
+    if grid in AT_EVERY_RATE:
+        return [(grid, rate) for rate in RATES]
+    format = GRIDS[grid](shape=(64, 64)).format
+    bits = format.bits // format.block
+    return [(grid, RATES[2] if bits <= 2 else RATES[1] if bits == 3 else RATES[0])]
 
 
-def _row(work: Path, arm: str) -> Path:
-    return work / f"{arm}.json"
+def run(arms: list[Arm], texts: tuple[Tensor, Tensor], options: argparse.Namespace) -> None:
+    """Train some arms side by side and write their rows."""
+    train, val = texts
+    models = [quantized(load(), grid) for grid, _ in arms]
+    fit(models, [rate for _, rate in arms], train, options.steps)
+    for (grid, rate), model in zip(arms, models, strict=True):
+        row: dict[str, Any] = {"grid": grid, "model": MODEL, "text": "wiki106.val", "learning_rate": rate}
+        row |= {"steps": options.steps, "tokens": options.steps * BATCH * LENGTH}
+        if grid == FP:
+            row |= {"bits_per_weight": 32.0, "ppl_untrained": perplexity(load(), val), "ppl_fp": perplexity(model, val)}
+            with replaced_file(_weights(options.work, rate)) as temporary:
+                torch.save(model.state_dict(), temporary)
+        else:
+            ppl_fp, best = min(
+                (json.loads(_row(options.work, (FP, rate)).read_text())["ppl_fp"], rate) for rate in RATES
+            )
+            tuned = torch.load(_weights(options.work, best), map_location="cpu", weights_only=True)
+            rounded = quantized(load(tuned), grid)
+            row |= {"bits_per_weight": bits_per_weight(rounded), "ppl_fp": ppl_fp}
+            row |= {"ppl_rtn": perplexity(rounded, val), "ppl_qat": perplexity(model, val)}
+        with replaced_file(_row(options.work, (grid, rate))) as temporary:
+            temporary.write_text(json.dumps(row))
+        print(row, flush=True)
+
+
+def quantized(model: nn.Module, grid: str) -> nn.Module:
+    """`model` with the weights of its linear layers on `grid`."""
+    return model if grid == FP else qat.prepare(model, qat.Scheme(weight=GRIDS[grid]))
+
+
+def _row(work: Path, arm: Arm) -> Path:
+    grid, rate = arm
+    return work / f"{grid}@{rate:g}.json"
+
+
+def _weights(work: Path, rate: float) -> Path:
+    return work / f"{FP}@{rate:g}.pt"
 
 
 if __name__ == "__main__":

@@ -1,28 +1,27 @@
 """What a quantized KV cache costs in perplexity, with and without training, and what it saves in memory.
 
-    python -m benchmarks.kv_cache --texts TEXTS      every arm, and results/kv_cache.json; a run that stopped goes on
+    python -m benchmarks.kv_cache --texts TEXTS      every arm, and results/kv_cache.json
 
 Texts, model and training are those of benchmarks/grids.py. Arms: the model trained in full precision (fp) with nothing
-but its cache quantized; that model with weights and activations rounded too; and W4A8 with the cache quantized while
-training, on the same tokens. Then the memory that a cache of 8k and 32k tokens takes, for the layers and heads of a
-1-billion-parameter Llama in bf16, as allocated and as counted.
+but its cache quantized; that model with weights and activations rounded too; W4A8 with the cache quantized while
+training, on the same tokens; and W4A8 trained without that, its cache quantized afterwards. Then the memory that a
+cache of 8k and 32k tokens takes, for the layers and heads of a 1-billion-parameter Llama in bf16, as allocated and as
+counted.
 """
 
 import argparse
-import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import qat
-from benchmarks.recipe import BATCH, LENGTH, MODEL, device, fit, load, perplexity, run_all
+from benchmarks.recipe import BATCH, LENGTH, MODEL, device, fit, load, perplexity
 from benchmarks.record import record
 from benchmarks.texts import windows
-from qat.atomic import replaced_file
 from qat.nn.kv_cache import QuantizedCache
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, TableQuantizer
 from qat.transforms import KVCache
@@ -42,8 +41,13 @@ W4A8 = {
     "weight": partial(LSQQuantizer, bits=4, granularity="per_group_64"),
     "input": partial(MinMaxQuantizer, bits=8, granularity="per_token"),
 }
-TRAINED = ("kv4", "kv2-kivi")
+SCHEMES = {name: qat.Scheme(kv=kv) for name, kv in LAYOUTS.items()}
+SCHEMES |= {"w4a8": qat.Scheme(**W4A8)}
+SCHEMES |= {f"w4a8{name}": qat.Scheme(**W4A8, kv=LAYOUTS[name]) for name in ("kv4", "kv2-kivi")}
+WITHOUT_CACHE = "w4a8"
+TRAINED = (WITHOUT_CACHE, "w4a8kv4", "w4a8kv2-kivi")
 FP = "fp"
+RATE = 2e-5
 # Layers, key and value heads, and their size, of a Llama of 1 B parameters.
 SHAPE = {"num_hidden_layers": 16, "num_key_value_heads": 8, "num_attention_heads": 32, "head_dim": 64}
 
@@ -51,52 +55,43 @@ SHAPE = {"num_hidden_layers": 16, "num_key_value_heads": 8, "num_attention_heads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/kv_cache"), help="where rows and the fp model are kept"
-    )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--together", type=int, default=1, help="models that share the device")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="lengths to measure memory at")
-    parser.add_argument("--arm", help="run one arm in this process")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    if options.arm:
-        run(options.arm, options)
-        return
-    arms = ["w4a8", *(f"w4a8{layout}" for layout in TRAINED)]
-    for some, jobs in (([FP], 1), (arms, options.jobs)):
-        run_all("benchmarks.kv_cache", [arm for arm in some if not _rows(options.work, arm).is_file()], jobs)
-    rows = [row for arm in (FP, *arms) for row in json.loads(_rows(options.work, arm).read_text())]
-    rows += [memory(layout, tokens) for tokens in options.tokens for layout in LAYOUTS]
-    record("kv_cache", f"python -m benchmarks.kv_cache --texts TEXTS --steps {options.steps}", rows)
+    rows = accuracy(options) + [memory(layout, tokens) for tokens in options.tokens for layout in LAYOUTS]
+    command = f"python -m benchmarks.kv_cache --texts TEXTS --steps {options.steps} --together {options.together}"
+    record("kv_cache", command, rows)
 
 
-def run(arm: str, options: argparse.Namespace) -> None:
-    """Train one arm, and write its rows."""
-    start = time.perf_counter()
+def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Perplexity of every arm."""
     train, val = windows(options.texts, LENGTH)
+    shared = {"model": MODEL, "text": "wiki106.val", "learning_rate": RATE, "steps": options.steps}
+    shared |= {"tokens": options.steps * BATCH * LENGTH}
     rows: list[dict[str, Any]] = []
 
-    def add(scheme: str, figure: str, model: torch.nn.Module) -> None:
-        rows.append({"scheme": scheme, "arm": figure, "ppl": perplexity(model, val)})
+    def add(scheme: str, arm: str, model: nn.Module) -> None:
+        rows.append({"scheme": scheme, "arm": arm, "ppl": perplexity(model, val)} | shared)
+        print(rows[-1], flush=True)
 
-    if arm == FP:
-        model = fit(load(), train, options.steps)
-        add("fp", "fp", model)
-        tuned = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        for layout, kv in LAYOUTS.items():
-            add(layout, "rounded", qat.prepare(load(tuned), qat.Scheme(kv=kv)))
-        for layout in TRAINED:
-            add(f"w4a8{layout}", "rounded", qat.prepare(load(tuned), qat.Scheme(**W4A8, kv=LAYOUTS[layout])))
-        add("w4a8", "rounded", qat.prepare(load(tuned), qat.Scheme(**W4A8)))
-    else:
-        kv = LAYOUTS.get(arm.removeprefix("w4a8"))
-        add(arm, "trained", fit(qat.prepare(load(), qat.Scheme(**W4A8, kv=kv)), train, options.steps))
-    shared = {"model": MODEL, "text": "wiki106.val", "steps": options.steps, "tokens": options.steps * BATCH * LENGTH}
-    rows = [row | shared | {"seconds": time.perf_counter() - start} for row in rows]
-    with replaced_file(_rows(options.work, arm)) as temporary:
-        temporary.write_text(json.dumps(rows))
-    print(rows, flush=True)
+    trained = {name: qat.prepare(load(), SCHEMES[name]) for name in TRAINED} | {FP: load()}
+    names = list(trained)
+    for begin in range(0, len(names), options.together):
+        some = [trained[name] for name in names[begin : begin + options.together]]
+        fit(some, [RATE] * len(some), train, options.steps)
+    tuned = trained.pop(FP)
+    add(FP, "trained", tuned)
+    for name, scheme in SCHEMES.items():
+        add(name, "rounded", qat.prepare(load(tuned.state_dict()), scheme))
+    for name, model in trained.items():
+        add(name, "trained", model)
+    for name in (name for name in trained if name != WITHOUT_CACHE):
+        model = qat.prepare(load(), SCHEMES[name])
+        # What the cache is quantized with has no parameters, and is all that is missing.
+        model.load_state_dict(trained[WITHOUT_CACHE].state_dict(), strict=False)
+        add(name, "trained without the cache", model)
+    return rows
 
 
 @torch.no_grad()
@@ -134,10 +129,6 @@ def _fill(cache: Any, tokens: int) -> int | None:
 def _elements(tokens: int) -> int:
     """Numbers that the keys of all layers are."""
     return tokens * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
-
-
-def _rows(work: Path, arm: str) -> Path:
-    return work / f"{arm}.json"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The training that accuracy benchmarks share: the same model, tokens, order and schedule for every arm.
 
 SmolLM2-135M off its grid, Adam, 8 x 512 tokens a step, bf16 autocast, cosine to a tenth; one seed. Perplexity is over
-512-token windows.
+512-token windows. On a GPU a model of this size waits for kernel launches, so that its steps are replays of a CUDA
+graph, and several models train side by side in one process.
 """
 
+import copy
 import math
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 
 import torch
 from rich.progress import track
@@ -19,7 +21,9 @@ from lightning_modules.models import load_smollm2
 
 MODEL = "smollm2-rotated"
 BATCH, LENGTH = 8, 512
-LR, QUANTIZER_LR, WARMUP = 5e-5, 1e-3, 15
+QUANTIZER_LR, WARMUP = 1e-3, 15
+# Before a step is captured: kernels compile and the optimizer makes its state.
+_EAGER_STEPS = 2
 
 
 def device() -> torch.device:
@@ -29,29 +33,77 @@ def device() -> torch.device:
 
 def load(weights: dict[str, Tensor] | None = None) -> nn.Module:
     """SmolLM2 off its grid; or with other weights."""
-    model = rotate_(load_smollm2("~/.cache/lightning-qat").model)
+    model = copy.deepcopy(_untrained())
     if weights is not None:
         model.load_state_dict(weights)
     return model.to(device())
 
 
-def fit(model: nn.Module, train: Tensor, steps: int) -> nn.Module:
-    """Train on the same windows in the same order, whatever the arm. Returns `model`."""
+@cache
+def _untrained() -> nn.Module:
+    return rotate_(load_smollm2("~/.cache/lightning-qat").model)
+
+
+def fit(models: Sequence[nn.Module], rates: Sequence[float], train: Tensor, steps: int) -> None:
+    """Train each model with its peak learning rate, side by side, on the same windows in the same order."""
     torch.manual_seed(0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(parameter_groups(model, QUANTIZER_LR), LR, (0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    model.train()
-    for step in range(steps):
-        batch = train[order[(torch.arange(BATCH) + step * BATCH) % len(order)]].to(device(), torch.int64)
+    batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)
+    trainings = [_Training(model, rate) for model, rate in zip(models, rates, strict=True)]
+    for index in track(range(steps), description=f"training {len(models)}"):
+        for training in trainings:
+            training.step(index, steps, batches[index])
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+class _Training:
+    """The optimizer of one model, and on a GPU its stream and its graph."""
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self._model = model.train()
+        self._optimizer = torch.optim.AdamW(parameter_groups(model, QUANTIZER_LR), rate, (0.9, 0.95), fused=True)
+        self._on_gpu = device().type == "cuda"
+        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+        for group in self._optimizer.param_groups:
+            # A tensor, which a graph reads anew in every replay.
+            group |= {"lr": torch.tensor(group["lr"], device=device()), "capturable": self._on_gpu}
+        self._run: Callable[[Tensor], None] = self._eager
+        self._stream: AbstractContextManager[object] = nullcontext()
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            self._stream = torch.cuda.stream(torch.cuda.Stream())
+
+    def step(self, index: int, steps: int, batch: Tensor) -> None:
+        """Step `index` of `steps`."""
+        with self._stream:
+            for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+                group["lr"].fill_(peak * _rate(index, steps))
+            if self._on_gpu and index == _EAGER_STEPS:
+                self._run = _graphed(self._eager, batch)
+            self._run(batch)
+
+    def _eager(self, batch: Tensor) -> None:
+        self._optimizer.zero_grad()
         with torch.autocast(batch.device.type, torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss = self._model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+
+
+def _graphed(step: Callable[[Tensor], None], batch: Tensor) -> Callable[[Tensor], None]:
+    """`step` as a CUDA graph, for batches shaped like `batch`. Capturing runs nothing."""
+    torch.cuda.synchronize()
+    static, graph = batch.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(static)
+    return partial(_replay, graph, static)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, static: Tensor, batch: Tensor) -> None:
+    static.copy_(batch)
+    graph.replay()
 
 
 def _rate(step: int, steps: int) -> float:
@@ -69,20 +121,3 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
         with torch.autocast(batch.device.type, torch.bfloat16):
             losses.append(model(input_ids=batch, labels=batch, use_cache=False).loss * len(batch))
     return math.exp(float(torch.stack(losses).sum()) / len(windows))
-
-
-def run_all(module: str, arms: list[str], jobs: int) -> None:
-    """Run `python -m module ... --arm ARM` for each arm, `jobs` processes at a time; the first that fails stops all."""
-    waiting, running = list(arms), []
-    for _ in track(arms, description=f"{len(arms)} arms"):
-        while waiting and len(running) < jobs:
-            command = [sys.executable, "-m", module, *sys.argv[1:], "--arm", waiting.pop(0)]
-            running.append(subprocess.Popen(command))
-        while all(process.poll() is None for process in running):
-            time.sleep(0.2)
-        ended = next(process for process in running if process.poll() is not None)
-        running.remove(ended)
-        if ended.returncode:
-            for process in running:
-                process.kill()
-            raise SystemExit(f"{' '.join(map(str, ended.args))} failed")

@@ -80,12 +80,12 @@ def _backward_fake(
     )
 
 
-def _lloyd_step_on_cuda(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
+def _lloyd_step_on_cuda(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
     # Imported at the first call: `import qat` stays light, and machines without a GPU need no Triton.
     from qat.kernels.codebook_means import triton
 
     with torch.no_grad(), torch.cuda.device(x.device):
-        return triton.lloyd_step(x, scale, codebook, importance)
+        triton.lloyd_step_(x, scale, codebook, importance)
 
 
 quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize_reference, _codes_fake)
@@ -107,12 +107,12 @@ _fake_quantize_backward_ = _operator(
     _backward_reference,
     _backward_fake,
 )
-_lloyd_step = _operator(
-    "lloyd_step(Tensor x, Tensor scale, Tensor codebook, Tensor? importance) -> Tensor",
-    codebook_means.lloyd_step,
-    lambda x, scale, codebook, importance: torch.empty_like(codebook),
+_lloyd_step_ = _operator(
+    "lloyd_step_(Tensor x, Tensor scale, Tensor(a!) codebook, Tensor? importance) -> ()",
+    codebook_means.lloyd_step_,
+    lambda x, scale, codebook, importance: None,
 )
-torch.library.impl("qat::lloyd_step", "cuda")(_lloyd_step_on_cuda)
+torch.library.impl("qat::lloyd_step_", "cuda")(_lloyd_step_on_cuda)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,16 +189,13 @@ def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Gra
     return granularity.unview(out, elements_shape(codes.shape, format))
 
 
-def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None = None) -> Tensor:
+def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None = None) -> None:
     """Move each entry of a codebook to the mean of its members; see `qat.kernels.codebook_means.reference`.
 
     Args:
         x: the view `[groups, elements]`.
-        scale: `[groups, 1]` float32.
-        codebook: `[rows, entries]` float32, ascending.
+        scale: `[groups, 1]`, of any floating dtype.
+        codebook: `[rows, entries]` float32, contiguous, in any order; overwritten.
         importance: weights of x, shaped like it; None weighs evenly.
-
-    Returns:
-        The new entries `[rows, entries]`, each in its place.
     """
-    return _lloyd_step(x, scale, codebook, importance)
+    _lloyd_step_(x, scale, codebook, importance)

@@ -138,12 +138,17 @@ class Quantizer(nn.Module, ABC):
     @final
     def ready_qparams(self, x: Tensor) -> QParams:
         """`qparams(x)`, refused while they hold nothing."""
+        self.require_initialized()
+        return self.qparams(x)
+
+    @final
+    def require_initialized(self) -> None:
+        """Refuse a static quantizer that was never calibrated."""
         if not self.initialized:
             raise InputError(
                 f"{type(self).__name__} is static and was never calibrated: run qat.calibrate(model, batches) first, "
                 "or choose a dynamic quantizer."
             )
-        return self.qparams(x)
 
     @final
     def to_storage(self, qparams: QParams) -> QParams:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import InputError, nearest
-from qat.kernels.ops import lloyd_step
+from qat.kernels.ops import lloyd_step_
 from qat.numerics.codebooks import NF4, table
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import CodebookFormat
@@ -111,12 +111,11 @@ class KMeansQuantizer(Quantizer):
             weight: what this quantizer quantizes.
             importance: how much the squared error of each weight counts, shaped like it; None: all alike.
         """
-        scale, _, codebook, _ = self.ready_qparams(weight).for_view()
-        assert codebook is not None
-        view = self.granularity.view
-        moved = lloyd_step(view(weight), scale, codebook, None if importance is None else view(importance))
+        self.require_initialized()
         # Entries stay in their places, so that the optimizer's state of each goes on being its own.
-        self.codebook.scatter_(-1, self.codebook.argsort(dim=-1), moved.view_as(self.codebook))
+        view, scale = self.granularity.view, from_log_scale(self.log_scale).to(self.scale_dtype)
+        table = self.codebook.view(-1, self.codebook.shape[-1])
+        lloyd_step_(view(weight), scale.view(-1, 1), table, None if importance is None else view(importance))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._soft(x) if self._is_soft else super().forward(x)

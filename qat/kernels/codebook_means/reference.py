@@ -25,18 +25,21 @@ SHIFT = math.sqrt(3 / 4)
 LEFT = 1 / 8
 
 
-def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
-    """Move each entry to the mean of its members, dead ones into the cells with the largest error.
+def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
+    """Move each entry to the mean of its members, dead ones into the cells with the largest error; in place.
 
     Args:
         x: `[groups, elements]`.
-        scale: `[groups, 1]` float32.
-        codebook: `[rows, entries]` float32, ascending; row r serves `groups / rows` consecutive groups.
+        scale: `[groups, 1]`.
+        codebook: `[rows, entries]` float32 in any order; row r serves `groups / rows` consecutive groups.
         importance: weights of x, shaped like it; None weighs evenly.
-
-    Returns:
-        The entries after the step, `[rows, entries]` float32, each in its place, so not always ascending.
     """
+    ascending, places = codebook.sort(dim=1, stable=True)
+    codebook.scatter_(1, places, _moved(x, scale.to(torch.float32), ascending, importance))
+
+
+def _moved(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
+    """The ascending entries after the step, each where it was."""
     mass, moment = cell_sums(x, scale, codebook, importance, powers=2)
     alive = mass > 0
     entries = torch.where(alive, moment / torch.where(alive, mass, 1), codebook)
@@ -47,7 +50,7 @@ def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | 
 
 
 def cell_sums(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None, powers: int) -> list[Tensor]:
-    """Sums of w v^p over the members of every entry, for p = 0 ... powers - 1, `[rows, entries]` each."""
+    """Sums of w v^p over the members of every entry of ascending codebooks, for p = 0 ... powers - 1."""
     sums = [torch.zeros_like(codebook) for _ in range(powers)]
     format = CodebookFormat(codebook.shape[1])
     for rows, groups, columns in _pieces(x, len(codebook)):

@@ -1,7 +1,8 @@
-"""One step of Lloyd's algorithm in two kernels: sums over the members of each entry, then the entries' new places.
+"""One step of Lloyd's algorithm in one kernel: sums over the members of each entry, then the entries' new places.
 
-The first reads every weight once and keeps the sums of all entries in registers; few long rows are cut into splits,
-whose sums the second adds in order. No atomics, so that the same weights give the same bits.
+A program reads the weights of one codebook once and keeps the sums of all entries in registers. Where codebooks are few
+and long, each is cut into splits, whose sums a second kernel adds in their order. No atomics, so that the same weights
+give the same bits.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
@@ -23,87 +24,73 @@ _LEAST_PIECE = 4096
 
 
 @triton.jit
+def _ascending(table, k, ENTRIES: tl.constexpr):
+    """The entries of one codebook in order, infinity after the last, and the place of each in memory."""
+    entries = tl.load(table + k, mask=k < ENTRIES, other=float("inf"))
+    # The bits of a positive float are in order already; those of a negative one are backwards below the sign.
+    bits = entries.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = tl.sort((ordered.to(tl.int64) << 32) | k)
+    ordered = (keys >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True), (keys & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
 def _cell_sums(
     x,
     scale,
-    codebook,
     importance,
-    sums,
-    n,
-    elements,
-    piece,
+    own,
+    k,
+    first,
+    count,
+    PIECE: tl.constexpr,
+    GROUP: tl.constexpr,
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """`sums[row, split]` = mass, moment and square of every entry, `[3, WIDTH]`, over one piece of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    k = tl.arange(0, WIDTH)
-    table = codebook + row * ENTRIES
-    own = tl.load(table + k, mask=k < ENTRIES, other=float("inf"))
-    below = tl.load(table + k - 1, mask=(k > 0) & (k < ENTRIES), other=float("-inf"))
-    above = tl.load(table + k + 1, mask=k < ENTRIES - 1, other=float("inf"))
-    lowest = (below + own) / 2
-    highest = (own + above) / 2
+    """Mass, moment and square of every entry over the `count` <= PIECE weights from `first` (int64) on."""
+    below = tl.where(k > 0, tl.gather(own, tl.maximum(k - 1, 0), 0), float("-inf"))
+    above = tl.gather(own, tl.minimum(k + 1, WIDTH - 1), 0)
     # Beyond the last entry there is nothing: an interval from infinity on.
-    lowest = tl.where(k < ENTRIES, lowest, float("inf"))
+    lowest = tl.where(k < ENTRIES, (below + own) / 2, float("inf"))
+    highest = tl.where(k < ENTRIES - 1, (own + above) / 2, float("inf"))
     mass = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     moment = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     square = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    begin = split.to(tl.int64) * piece
-    end = tl.minimum(begin + piece, n)
-    for offset in range(begin, end, BLOCK):
+    # Offsets are small from here on, and divided by a constant.
+    x += first
+    importance += first
+    scale += first // GROUP
+    phase = (first % GROUP).to(tl.int32)
+    for offset in range(0, PIECE, BLOCK):
         at = offset + tl.arange(0, BLOCK)
-        inside = at < end
-        flat = row * n + at
-        v = tl.load(x + flat, mask=inside, other=0.0).to(tl.float32)
-        v = v / tl.load(scale + flat // elements, mask=inside, other=1.0)
+        inside = at < count
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        v = v / tl.load(scale + (phase + at) // GROUP, mask=inside, other=1.0).to(tl.float32)
         member = (v[:, None] > lowest[None, :]) & (v[:, None] <= highest[None, :]) & inside[:, None]
         if WEIGHTED:
-            share = tl.load(importance + flat, mask=inside, other=0.0).to(tl.float32)
+            share = tl.load(importance + at, mask=inside, other=0.0).to(tl.float32)
             weight = tl.where(member, share[:, None], 0.0)
         else:
             weight = tl.where(member, 1.0, 0.0)
         mass += weight
         moment += weight * v[:, None]
         square += weight * (v * v)[:, None]
-    out = sums + (row * tl.num_programs(1) + split) * 3 * WIDTH + k
-    tl.store(out, tl.sum(mass, axis=0))
-    tl.store(out + WIDTH, tl.sum(moment, axis=0))
-    tl.store(out + 2 * WIDTH, tl.sum(square, axis=0))
+    return tl.sum(mass, axis=0), tl.sum(moment, axis=0), tl.sum(square, axis=0)
 
 
 @triton.jit
-def _moved_entries(
-    sums,
-    codebook,
-    moved,
-    splits,
-    ENTRIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LEFT: tl.constexpr,
-):
-    """The entries of one row after the step, as `reference.lloyd_step` has them."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, WIDTH)
-    mass = tl.zeros((WIDTH,), dtype=tl.float32)
-    moment = tl.zeros((WIDTH,), dtype=tl.float32)
-    square = tl.zeros((WIDTH,), dtype=tl.float32)
-    for split in range(splits):
-        part = sums + (row * splits + split) * 3 * WIDTH + k
-        mass += tl.load(part)
-        moment += tl.load(part + WIDTH)
-        square += tl.load(part + 2 * WIDTH)
-    real = k < ENTRIES
-    before = tl.load(codebook + row * ENTRIES + k, mask=real, other=0.0)
+def _moved(own, mass, moment, square, k, ENTRIES: tl.constexpr, SHIFT: tl.constexpr, LEFT: tl.constexpr):
+    """The entries after the step, as the reference has them."""
     alive = mass > 0
-    entries = tl.where(alive, moment / tl.where(alive, mass, 1.0), before)
+    entries = tl.where(alive, moment / tl.where(alive, mass, 1.0), own)
     error = tl.where(alive, square - moment * entries, 0.0)
-    dead = tl.where(real & (mass <= 0), 1, 0)
-    for _ in range(tl.sum(dead, axis=0)):
+    dead = tl.where((k < ENTRIES) & (mass <= 0), 1, 0)
+    while tl.sum(dead, axis=0) > 0:
         largest = tl.max(error, axis=0)
         worst = tl.argmax(error, axis=0)
         first = tl.argmax(dead, axis=0)
@@ -117,33 +104,95 @@ def _moved_entries(
         mass = tl.where(low | high, heap / 2, mass)
         error = tl.where(low | high, largest * LEFT, error)
         dead = tl.where(k == first, 0, dead)
-    tl.store(moved + row * ENTRIES + k, entries, mask=real)
+    return entries
 
 
-def lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> Tensor:
-    """As `reference.lloyd_step`."""
-    x, codebook = x.contiguous(), codebook.contiguous()
+@triton.jit
+def _step(
+    x,
+    scale,
+    codebook,
+    importance,
+    sums,
+    n,
+    PIECE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """Move the entries of one row; of a split row, write `sums[row, split]`, `[3, WIDTH]`, of one piece instead."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    k = tl.arange(0, WIDTH)
+    own, place = _ascending(codebook + row * ENTRIES, k, ENTRIES)
+    begin = split.to(tl.int64) * PIECE
+    count = tl.minimum(n - begin, PIECE).to(tl.int32)
+    mass, moment, square = _cell_sums(
+        x, scale, importance, own, k, row * n + begin, count, PIECE, GROUP, ENTRIES, WIDTH, BLOCK, WEIGHTED
+    )
+    if SPLIT:
+        out = sums + (row * tl.num_programs(1) + split) * 3 * WIDTH + k
+        tl.store(out, mass)
+        tl.store(out + WIDTH, moment)
+        tl.store(out + 2 * WIDTH, square)
+    else:
+        entries = _moved(own, mass, moment, square, k, ENTRIES, SHIFT, LEFT)
+        tl.store(codebook + row * ENTRIES + place, entries, mask=k < ENTRIES)
+
+
+@triton.jit
+def _step_of_splits(
+    sums,
+    codebook,
+    SPLITS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """Move the entries of one row by the sums of its splits."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    mass = tl.zeros((WIDTH,), dtype=tl.float32)
+    moment = tl.zeros((WIDTH,), dtype=tl.float32)
+    square = tl.zeros((WIDTH,), dtype=tl.float32)
+    for split in range(SPLITS):
+        part = sums + (row * SPLITS + split) * 3 * WIDTH + k
+        mass += tl.load(part)
+        moment += tl.load(part + WIDTH)
+        square += tl.load(part + 2 * WIDTH)
+    own, place = _ascending(codebook + row * ENTRIES, k, ENTRIES)
+    entries = _moved(own, mass, moment, square, k, ENTRIES, SHIFT, LEFT)
+    tl.store(codebook + row * ENTRIES + place, entries, mask=k < ENTRIES)
+
+
+def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
+    """As `reference.lloyd_step_`."""
     rows, entries = codebook.shape
     n = x.numel() // rows
     width = max(2, triton.next_power_of_2(entries))
     splits = max(1, min(triton.cdiv(_PROGRAMS, rows), triton.cdiv(n, _LEAST_PIECE)))
-    piece = triton.cdiv(n, splits)
-    sums = torch.empty(rows, splits, 3, width, dtype=torch.float32, device=x.device)
-    moved = torch.empty_like(codebook)
-    weights = x if importance is None else importance.contiguous()
-    sizes = {"ENTRIES": entries, "WIDTH": width}
-    _cell_sums[(rows, splits)](
+    sums = torch.empty(rows, splits, 3, width, dtype=torch.float32, device=x.device) if splits > 1 else codebook
+    x = x.contiguous()
+    common = {"ENTRIES": entries, "WIDTH": width, "SHIFT": SHIFT, "LEFT": LEFT}
+    _step[(rows, splits)](
         x,
         scale.contiguous(),
         codebook,
-        weights,
+        x if importance is None else importance.contiguous(),
         sums,
         n,
-        x.shape[1],
-        piece,
+        PIECE=triton.cdiv(n, splits),
+        GROUP=x.shape[1],
         BLOCK=max(16, _TILE // width),
         WEIGHTED=importance is not None,
-        **sizes,
+        SPLIT=splits > 1,
+        **common,
     )
-    _moved_entries[(rows,)](sums, codebook, moved, splits, SHIFT=SHIFT, LEFT=LEFT, num_warps=1, **sizes)
-    return moved
+    if splits > 1:
+        _step_of_splits[(rows,)](sums, codebook, SPLITS=splits, num_warps=1, **common)

@@ -1,0 +1,68 @@
+"""The accuracy benchmarks run to their end, on a toy."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import grids, kv_cache, recipe
+from tests.conftest import tiny_llama
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """Rows by the name of the result; models, texts and the place of results are replaced."""
+    found = {}
+
+    def load(weights=None):
+        torch.manual_seed(0)
+        model = tiny_llama(head_dim=32)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model.to(recipe.device())
+
+    def windows(folder, length):
+        return tuple(torch.randint(64, (12, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
+
+    for module in (grids, kv_cache):
+        monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "windows", windows)
+        monkeypatch.setattr(module, "record", lambda name, command, rows: found.update({name: rows}))
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", "--steps", "3", "--together", "2", *arguments])
+    module.main()
+
+
+def test_grids(results, monkeypatch):
+    names = ["int4-g64", "kmeans3-row", "vector2-row", "mxfp4-g32"]
+    run(monkeypatch, grids, "--grids", *names)
+    first = results.pop("grids")
+    assert [row["grid"] for row in first] == [*["fp"] * 3, *["int4-g64"] * 3, *names[1:]]
+    fp, quantized = first[:3], first[3:]
+    assert len({row["ppl_fp"] for row in fp}) == 3  # rates matter
+    assert {row["ppl_fp"] for row in quantized} == {min(row["ppl_fp"] for row in fp)}
+    assert all(row["ppl_rtn"] != row["ppl_qat"] for row in quantized)
+    run(monkeypatch, grids, "--grids", *names)
+    assert results["grids"] == first  # nothing was trained again
+
+
+def test_the_learning_rate_follows_from_the_bits():
+    rates = {grid: [rate for _, rate in grids.arms_of(grid)] for grid in grids.GRIDS}
+    assert rates["ternary"] == rates["kmeans2-row"] == rates["vector2-row"] == [1e-4]
+    assert rates["kmeans3-row"] == rates["nf3-g64"] == [5e-5]
+    assert rates["kmeans4-row"] == rates["nf4-g64"] == rates["int8-row"] == [2e-5]
+    assert rates["int4-g64"] == [2e-5, 5e-5, 1e-4]
+
+
+def test_kv_cache(results, monkeypatch):
+    run(monkeypatch, kv_cache, "--tokens", "64")
+    rows = results["kv_cache"]
+    ppl = {(row["scheme"], row["arm"]): row["ppl"] for row in rows if "ppl" in row}
+    assert len({ppl["w4a8kv4", arm] for arm in ("rounded", "trained", "trained without the cache")}) == 3
+    assert ppl["kv8", "rounded"] == pytest.approx(ppl["fp", "trained"], rel=1e-2)
+    sizes = {row["scheme"]: row["cache_gib"] for row in rows if row["arm"] == "memory"}
+    assert sizes["kv2"] < sizes["kv4"] < sizes["kv8"]
