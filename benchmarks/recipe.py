@@ -96,7 +96,7 @@ def _graphed(step: Callable[[Tensor], None], batch: Tensor) -> Callable[[Tensor]
     """`step` as a CUDA graph, for batches shaped like `batch`. Capturing runs nothing."""
     torch.cuda.synchronize()
     static, graph = batch.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step(static)
     return partial(_replay, graph, static)
 

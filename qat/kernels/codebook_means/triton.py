@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qat.kernels.codebook_means.reference import LEFT, SHIFT
 
-# Weights x entries in flight in a program: three float32 sums of each fit the registers of four warps.
+# Entries x weights in flight in a program: three float32 sums of each fit the registers of its warps.
 _TILE = 2048
 # Programs that fill a large GPU; rows fewer than these are split.
 _PROGRAMS = 1024
@@ -50,37 +50,50 @@ def _cell_sums(
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SQUARES: tl.constexpr,
 ):
-    """Mass, moment and square of every entry over the `count` <= PIECE weights from `first` (int64) on."""
+    """Mass, moment and (if SQUARES) square of every entry over the `count` <= PIECE weights from `first` (int64) on."""
     below = tl.where(k > 0, tl.gather(own, tl.maximum(k - 1, 0), 0), float("-inf"))
     above = tl.gather(own, tl.minimum(k + 1, WIDTH - 1), 0)
     # Beyond the last entry there is nothing: an interval from infinity on.
     lowest = tl.where(k < ENTRIES, (below + own) / 2, float("inf"))
     highest = tl.where(k < ENTRIES - 1, (own + above) / 2, float("inf"))
-    mass = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    moment = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
-    square = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    # Entries come first: a thread then holds its weights once, not once an entry.
+    mass = tl.zeros((WIDTH, BLOCK), dtype=tl.float32)
+    moment = tl.zeros((WIDTH, BLOCK), dtype=tl.float32)
+    square = tl.zeros((WIDTH, BLOCK), dtype=tl.float32)
     # Offsets are small from here on, and divided by a constant.
     x += first
     importance += first
     scale += first // GROUP
     phase = (first % GROUP).to(tl.int32)
+    if ONE_SCALE:
+        s = tl.load(scale).to(tl.float32)
+        lowest *= s
+        highest *= s
     for offset in range(0, PIECE, BLOCK):
         at = offset + tl.arange(0, BLOCK)
         inside = at < count
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        v = v / tl.load(scale + (phase + at) // GROUP, mask=inside, other=1.0).to(tl.float32)
-        member = (v[:, None] > lowest[None, :]) & (v[:, None] <= highest[None, :]) & inside[:, None]
+        # NaN, beyond the end, is in no interval.
+        v = tl.load(x + at, mask=inside, other=float("nan")).to(tl.float32)
+        if not ONE_SCALE:
+            v /= tl.load(scale + (phase + at) // GROUP, mask=inside, other=1.0).to(tl.float32)
+        member = (v[None, :] > lowest[:, None]) & (v[None, :] <= highest[:, None])
         if WEIGHTED:
             share = tl.load(importance + at, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.where(member, share[:, None], 0.0)
+            mass += tl.where(member, share[None, :], 0.0)
+            moment += tl.where(member, (share * v)[None, :], 0.0)
         else:
-            weight = tl.where(member, 1.0, 0.0)
-        mass += weight
-        moment += weight * v[:, None]
-        square += weight * (v * v)[:, None]
-    return tl.sum(mass, axis=0), tl.sum(moment, axis=0), tl.sum(square, axis=0)
+            mass += tl.where(member, 1.0, 0.0)
+            moment += tl.where(member, v[None, :], 0.0)
+        if SQUARES:
+            heavy = share * v * v if WEIGHTED else v * v
+            square += tl.where(member, heavy[None, :], 0.0)
+    if not ONE_SCALE:
+        s = 1.0
+    return tl.sum(mass, axis=1), tl.sum(moment, axis=1) / s, tl.sum(square, axis=1) / (s * s)
 
 
 @triton.jit
@@ -120,6 +133,7 @@ def _step(
     ENTRIES: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SPLIT: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -132,8 +146,9 @@ def _step(
     own, place = _ascending(codebook + row * ENTRIES, k, ENTRIES)
     begin = split.to(tl.int64) * PIECE
     count = tl.minimum(n - begin, PIECE).to(tl.int32)
+    first = row * n + begin
     mass, moment, square = _cell_sums(
-        x, scale, importance, own, k, row * n + begin, count, PIECE, GROUP, ENTRIES, WIDTH, BLOCK, WEIGHTED
+        x, scale, importance, own, k, first, count, PIECE, GROUP, ENTRIES, WIDTH, BLOCK, ONE_SCALE, WEIGHTED, SPLIT
     )
     if SPLIT:
         out = sums + (row * tl.num_programs(1) + split) * 3 * WIDTH + k
@@ -141,6 +156,25 @@ def _step(
         tl.store(out + WIDTH, moment)
         tl.store(out + 2 * WIDTH, square)
     else:
+        # Squares are for dead entries, which are rare.
+        if tl.sum(tl.where((k < ENTRIES) & (mass <= 0), 1, 0), axis=0) > 0:
+            mass, moment, square = _cell_sums(
+                x,
+                scale,
+                importance,
+                own,
+                k,
+                first,
+                count,
+                PIECE,
+                GROUP,
+                ENTRIES,
+                WIDTH,
+                BLOCK,
+                ONE_SCALE,
+                WEIGHTED,
+                True,
+            )
         entries = _moved(own, mass, moment, square, k, ENTRIES, SHIFT, LEFT)
         tl.store(codebook + row * ENTRIES + place, entries, mask=k < ENTRIES)
 
@@ -189,7 +223,9 @@ def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor |
         n,
         PIECE=triton.cdiv(n, splits),
         GROUP=x.shape[1],
-        BLOCK=max(16, _TILE // width),
+        BLOCK=max(32, _TILE // width),
+        num_warps=max(4, width // 16),
+        ONE_SCALE=len(scale) == rows,
         WEIGHTED=importance is not None,
         SPLIT=splits > 1,
         **common,
