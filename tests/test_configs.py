@@ -1,6 +1,5 @@
 """Every option of every config group composes, says how it is used, and builds what it names."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -43,12 +42,44 @@ def test_every_option_composes_and_instantiates(option, tmp_path):
         instantiate(cfg.scheme)
 
 
+def command_of(option):
+    """The words of the command that a file starts with; two blanks end it."""
+    first, second = (CONFIGS / option).with_suffix(".yaml").read_text().splitlines()[:2]
+    line = second if first.startswith("# @package") else first
+    assert line.startswith("# python train.py")
+    return line.removeprefix("# python train.py").strip().partition("  ")[0]
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_option_starts_with_its_command(option):
-    first, second = (CONFIGS / option).with_suffix(".yaml").read_text().splitlines()[:2]
-    first = second if first.startswith("# @package") else first
-    assert re.match(r"# python train.py .*", first)
-    assert option.name in first or option.name == "default"
+    assert option.name in command_of(option) or option.name == "default"
+
+
+def build_quantizers(cfg):
+    """Make what the scheme says for a layer of 576 inputs and outputs and 32 tokens of heads of 64."""
+    scheme = instantiate(cfg.scheme)
+    made = {
+        "weight": scheme.weight(shape=(576, 576)),
+        "grad": scheme.grad(shape=(576,)),
+        "input": scheme.input(shape=(576,)),
+    }
+    if scheme.kv is not None:
+        made |= {
+            role: factory(shape=(32, 64)) for role, factory in (("key", scheme.kv.key), ("value", scheme.kv.value))
+        }
+    return made
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.parent.name == "quantizer"], ids=str)
+def test_the_command_of_every_quantizer_makes_it(option, tmp_path):
+    words = command_of(option).split()
+    made = build_quantizers(composed(tmp_path, *words))
+    (place,) = [word for word in words if word.endswith(f"={option.name}")]
+    own = made[place.partition("=")[0].rpartition(".")[2]]
+    expected = OmegaConf.load((CONFIGS / option).with_suffix(".yaml"))
+    assert type(own).__name__ == expected._target_.rpartition(".")[2]
+    if option.name[-1].isdigit():
+        assert own.format.bits == int(option.name[-1])  # nf4 has four bits
 
 
 def test_the_command_of_the_design_composes(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from benchmarks.tables import filled
+from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "schemes.md", ROOT / "docs" / "quantizers.md"]
@@ -33,7 +34,7 @@ def test_every_command_composes(command):
     given = [word for word in overrides(command) if not word.startswith("resume=") and word != "..."]
     known = [word for word in given if not word.startswith("experiment=mine")]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        compose("train", known)
+        build_quantizers(compose("train", known))
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):

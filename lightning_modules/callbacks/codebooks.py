@@ -26,6 +26,8 @@ class CodebookRefresh(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is not None:
+            _require_codebooks(pl_module, "callbacks.refresh.every_n_steps")
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
@@ -57,6 +59,17 @@ class SoftKMeans(Callback):
             raise InputError(f"callbacks.soft cools from start to end: {start} >= {end} > 0 does not hold.")
         self.start, self.end, self.steps = start, end, steps
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.steps is None:
+            return
+        _require_codebooks(pl_module, "callbacks.soft.steps")
+        if self.steps >= trainer.estimated_stepping_batches:
+            raise InputError(
+                f"callbacks.soft ends after {self.steps} steps, the training after "
+                f"{trainer.estimated_stepping_batches}: nothing would train on what ships. Shorten it, or raise "
+                "trainer.max_steps."
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.steps is not None:
             self._set(pl_module, self.temperature(trainer.global_step))
@@ -75,6 +88,14 @@ class SoftKMeans(Callback):
     def _set(self, module: nn.Module, temperature: float | None) -> None:
         for _, _, quantizer in codebooks(module):
             quantizer.temperature = temperature
+
+
+def _require_codebooks(model: nn.Module, option: str) -> None:
+    if next(codebooks(model), None) is None:
+        raise InputError(
+            f"{option} is for k-means codebooks, and no weight has one: choose quantizer@scheme.weight=kmeans, or set "
+            "it to null."
+        )
 
 
 def refresh(model: nn.Module) -> None:

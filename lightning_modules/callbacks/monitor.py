@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat.errors import InputError
 from qat.nn.kv_quantizer import kv_layers
-from qat.numerics.metrics import clipped_share, code_entropy, code_use, sqnr
+from qat.numerics.metrics import clipped_share, code_entropy, code_use, entropy_coded_bits, sqnr
 from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
 from qat.transforms import quant_layers
@@ -20,8 +20,8 @@ Figures = dict[str, float]
 
 
 class QuantizerMonitor(Callback):
-    """Logs for every quantizer: SQNR in dB, share of clipped values, and of weights the share of codes in use
-    and the entropy of the codes in bits.
+    """Logs for every quantizer: SQNR in dB, share of clipped values, and of weights the share of codes in use,
+    the entropy of the codes in bits, and the bits per weight if the codes were stored in as few bits as that.
 
     Weights are measured after a step, activations on the batch of the step that follows.
 
@@ -86,7 +86,7 @@ class QuantizerMonitor(Callback):
         self._measured[what] = step
         group = "quantizers" if what == "weights" else what
         metrics: dict[str, float] = {}
-        for quantity in ("sqnr", "clipped", "code_use", "entropy"):
+        for quantity in ("sqnr", "clipped", "code_use", "entropy", "effective_bits"):
             own = {name: figures[quantity] for name, figures in measured.items() if quantity in figures}
             finite = [value for value in own.values() if math.isfinite(value)]
             if finite:
@@ -107,13 +107,14 @@ def _label(layer: str, weight: str) -> str:
 
 @torch.no_grad()
 def measure_weight(quantizer: Quantizer, weight: Tensor) -> Figures:
-    """SQNR (dB), share of weights beyond the grid, share of codes in use, and entropy of the codes (bits)."""
+    """SQNR (dB), shares of weights beyond the grid and of codes in use, entropy (bits a code), effective bits."""
     q = quantizer.quantize(weight)
     return {
         "sqnr": sqnr(weight, q.dequantize()),
         "clipped": clipped_share(weight, q),
         "code_use": code_use(q),
         "entropy": code_entropy(q).mean().item(),
+        "effective_bits": entropy_coded_bits(q) / q.shape.numel(),
     }
 
 

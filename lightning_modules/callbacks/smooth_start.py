@@ -27,13 +27,13 @@ class SmoothStart(Callback):
         self.delay_steps, self.ramp_steps = delay_steps, ramp_steps
         self._quantizers: list[Quantizer] = []
 
-    def strength(self, step: int) -> float:
+    def strength(self, step: float) -> float:
         """Share of the quantization error that the optimizer step number `step` sees."""
         return min(1.0, max(0.0, (step + 1 - self.delay_steps) / (self.ramp_steps + 1)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
-        if self.strength(int(steps) - 1) < 1:
+        if self.strength(steps - 1) < 1:
             raise InputError(
                 f"callbacks.smooth_start ends after {self.delay_steps + self.ramp_steps} steps, the training after "
                 f"{steps}: nothing would train on what ships. Shorten it, or raise trainer.max_steps."

@@ -35,10 +35,10 @@ def code_entropy(q: QuantizedTensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(1) / math.log(2)
 
 
-def effective_bits(q: QuantizedTensor) -> float:
-    """Bits per weight if the codes of each row were entropy-coded; scales, zero points and codebooks as stored."""
+def entropy_coded_bits(q: QuantizedTensor) -> float:
+    """`stored_bits` if the codes of each row were entropy-coded; scales, zero points and codebooks as stored."""
     others = stored_bits(q) - 8 * packed_bytes(q.codes.numel(), q.format.bits)
-    return code_entropy(q).mean().item() + others / q.codes.numel()
+    return code_entropy(q).mean().item() * q.codes.numel() + others
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def _code_counts(q: QuantizedTensor) -> Tensor:
     entries = high - low + 1
     codebook = q.qparams.codebook
     rows = 1 if codebook is None else codebook.numel() // codebook.shape[-1]
-    codes = q.granularity.view(q.codes).reshape(rows, -1).long() - low
+    codes = q.granularity.of_codes(q.format.block).view(q.codes).reshape(rows, -1).long() - low
     codes += torch.arange(rows, device=codes.device)[:, None] * entries
     return torch.bincount(codes.view(-1), minlength=rows * entries).view(rows, entries).double()
 

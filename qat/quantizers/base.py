@@ -184,7 +184,10 @@ class Quantizer(nn.Module, ABC):
 def check_bits(format: Format, bits: int | None) -> Format:
     """`format`, unless `bits` are given and not its own."""
     if bits is not None and bits != format.bits:
-        raise InputError(f"{format.name} has {format.bits} bits, not {bits}: change format, or leave out bits.")
+        raise InputError(
+            f"{format.name} has {format.bits} bits, not {bits}: set the bits beside it to {format.bits} (as in "
+            f"scheme.weight.bits={format.bits}), or choose another grid."
+        )
     return format
 
 

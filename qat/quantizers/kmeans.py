@@ -156,12 +156,10 @@ class KMeansQuantizer(Quantizer):
 
 
 def is_coarser(table_shape: Sequence[int], scale_shape: Sequence[int]) -> bool:
-    """Whether each codebook serves a run of consecutive scales: equal leading sizes, then ones."""
+    """Whether each codebook serves a run of consecutive scales: equal leading sizes, then a divisor, then ones."""
     if len(table_shape) != len(scale_shape):
         return all(size == 1 for size in table_shape)
-    ones = False
-    for own, other in zip(table_shape, scale_shape, strict=True):
-        ones = ones or own != other
-        if ones and own != 1:
-            return False
-    return True
+    pairs = list(zip(table_shape, scale_shape, strict=True))
+    while pairs and pairs[0][0] == pairs[0][1]:
+        pairs.pop(0)
+    return not pairs or (pairs[0][1] % pairs[0][0] == 0 and all(own == 1 for own, _ in pairs[1:]))

@@ -9,7 +9,7 @@ from lightning_modules.callbacks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.codebooks import refresh
 from lightning_modules.causal_lm import CausalLMModule
 from qat.errors import InputError
-from qat.quantizers import KMeansQuantizer
+from qat.quantizers import KMeansQuantizer, LSQQuantizer
 from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
 from tests.lightning_modules.test_module import fit
@@ -79,13 +79,16 @@ def test_the_assignment_cools_and_ends_hard(tmp_path):
     assert all(q.temperature is None for q in quantizers(own))
 
 
-def test_a_run_that_ends_soft_ships_hard(tmp_path):
-    own = module()
-    fit(tmp_path, own, SoftKMeans(steps=100), max_steps=2)
-    _, layer = next(quant_layers(own))
-    layer.train()
-    hard = layer.weight_quantizer.quantize(layer.weight).dequantize()
-    assert torch.equal(layer.weight_quantizer(layer.weight), hard)
+def test_a_run_that_would_end_soft_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"callbacks.soft ends after 2 steps, the training after 2: nothing would"):
+        fit(tmp_path, module(), SoftKMeans(steps=2), max_steps=2)
+
+
+@pytest.mark.parametrize("callback", [SoftKMeans(steps=1), CodebookRefresh(every_n_steps=1)], ids=["soft", "refresh"])
+def test_without_codebooks_the_options_are_refused(callback, tmp_path):
+    integers = qat.prepare(tiny_llama(), qat.Scheme(weight=partial(LSQQuantizer, bits=4)))
+    with pytest.raises(InputError, match="is for k-means codebooks, and no weight has one"):
+        fit(tmp_path, CausalLMModule(integers, partial(torch.optim.AdamW, lr=1e-2)), callback, max_steps=2)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 import math
 
+import pytest
 import torch
 
-from qat.numerics.formats import CodebookFormat, IntFormat
-from qat.numerics.granularity import PerChannel
-from qat.numerics.metrics import clipped_share, code_entropy, code_use, effective_bits, sqnr, stored_bits
+from qat.numerics.formats import CodebookFormat, IntFormat, VectorFormat
+from qat.numerics.granularity import PerChannel, PerGroup
+from qat.numerics.metrics import clipped_share, code_entropy, code_use, entropy_coded_bits, sqnr, stored_bits
 from qat.numerics.qtensor import QParams, QuantizedTensor
 
 
@@ -43,7 +44,17 @@ def test_entropy_of_the_codes_of_each_row():
     qparams = QParams(torch.ones(3, 1, dtype=torch.bfloat16), codebook=torch.randn(3, 1, 4).bfloat16())
     q = QuantizedTensor(codes, qparams, CodebookFormat(4), PerChannel(), torch.float32)
     assert torch.allclose(code_entropy(q), torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64))
-    assert effective_bits(q) == 1 + (3 * 16 + 12 * 16) / 12
+    assert entropy_coded_bits(q) == pytest.approx(12 * 1 + 3 * 16 + 12 * 16)
+
+
+def test_entropy_of_vector_codes():
+    """A code for two weights, in groups of four weights."""
+    codes = torch.tensor([[0, 1, 2, 3] * 8], dtype=torch.uint8)
+    qparams = QParams(torch.ones(1, 16, dtype=torch.bfloat16), codebook=torch.randn(1, 1, 8).bfloat16())
+    q = QuantizedTensor(codes, qparams, VectorFormat(4, 2), PerGroup(4), torch.float32)
+    assert q.shape == (1, 64)
+    assert code_entropy(q).tolist() == [2.0]
+    assert entropy_coded_bits(q) == stored_bits(q)  # every code equally often: nothing to save
 
 
 def test_entropy_of_signed_codes_is_that_of_the_whole_tensor():
