@@ -1,6 +1,7 @@
 """How long k-means takes to fit and to refresh codebooks, and how far it stays above the least possible error.
 
-    python -m benchmarks.kmeans_fit --weights 1e9    writes results/kmeans_fit.json; on the GPU where there is one
+    python -m benchmarks.kmeans_fit --weights 1e9    on the GPU where there is one, or --device cpu;
+                                                     writes results/kmeans_fit_cuda.json or kmeans_fit_cpu.json
 
 Weights are random, of a normal and of a heavy-tailed distribution (Student's t, 4 degrees of freedom), made and fitted
 in parts of at most 2^26 so that a billion of them need no memory; only the fitting is timed. The gap is that of the
@@ -33,14 +34,15 @@ CASES = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=float, default=2e7, help="how many to fit in each row of the result")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     count = max(ROW, int(options.weights) // ROW * ROW)
     rows = []
     for case in track(CASES, description="fitting"):
         rows.append(measure(*case, count, torch.device(options.device)))
         print(rows[-1])
-    record("kmeans_fit", f"python -m benchmarks.kmeans_fit --weights {options.weights:g}", rows)
+    command = f"python -m benchmarks.kmeans_fit --weights {options.weights:g} --device {options.device}"
+    record(f"kmeans_fit_{options.device}", command, rows)
 
 
 def measure(sharing: str, clusters: int, kind: str, count: int, device: torch.device) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""The README's tables, made from benchmarks/results/.
+"""The tables of README.md and docs/, made from benchmarks/results/.
 
-python -m benchmarks.tables                      rewrites README.md between its markers
+python -m benchmarks.tables                      rewrites the pages between their markers
 """
 
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
@@ -15,18 +16,24 @@ Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Rewrite the README."""
-    path = ROOT / "README.md"
-    with replaced_file(path) as temporary:
-        temporary.write_text(filled(path.read_text()))
+    """Rewrite every page."""
+    for page in pages():
+        with replaced_file(page) as temporary:
+            temporary.write_text(filled(page.read_text()))
+
+
+def pages() -> list[Path]:
+    """README.md and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def filled(text: str) -> str:
     """`text` with every table between `<!-- table:NAME -->` and `<!-- end -->` made anew."""
 
     def table(match: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{match[1]}.json").read_text())
-        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]](result['rows'])}\n\n{_source(result)}\n<!-- end -->"
+        file, show = TABLES[match[1]]
+        result = json.loads((RESULTS / f"{file}.json").read_text())
+        return f"<!-- table:{match[1]} -->\n{show(result['rows'])}\n\n{_source(result)}\n<!-- end -->"
 
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
@@ -51,11 +58,98 @@ def cpu_step(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Rows], str]] = {"default_job": default_job, "cpu_step": cpu_step}
+def grids(rows: Rows) -> str:
+    """Perplexity of every grid, rounded and trained; of one that was trained at several rates, the best."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=_perplexity):
+        best.setdefault(row["grid"], row)
+    lines = [_line("grid", "bits per weight", "rounded", "trained", "learning rate"), _line("---", *["--:"] * 4)]
+    for row in sorted(best.values(), key=lambda row: (-row["bits_per_weight"] // 1, _perplexity(row))):
+        rounded = f"{row['ppl_rtn']:.2f}" if "ppl_rtn" in row else ""
+        bits = f"{row['bits_per_weight']:.2f}"
+        lines.append(_line(row["grid"], bits, rounded, f"{_perplexity(row):.2f}", f"{row['learning_rate']:g}"))
+    return "\n".join(lines)
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+def learning_rates(rows: Rows) -> str:
+    """Perplexity of what was trained at every rate."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    found = {(row["grid"], row["learning_rate"]): _perplexity(row) for row in rows}
+    lines = [_line("grid", *(f"{rate:g}" for rate in rates)), _line("---", *["--:"] * len(rates))]
+    for grid in dict.fromkeys(row["grid"] for row in rows):
+        if all((grid, rate) in found for rate in rates):
+            lines.append(_line(grid, *(f"{found[grid, rate]:.2f}" for rate in rates)))
+    return "\n".join(lines)
+
+
+def _perplexity(row: dict[str, Any]) -> float:
+    """After training."""
+    return float(row["ppl_qat"] if "ppl_qat" in row else row["ppl_fp"])
+
+
+def kv_cache(rows: Rows) -> str:
+    """Perplexity of every layout of the cache, by what was trained."""
+    arms = ["rounded", "trained without the cache", "trained"]
+    found = {(row["scheme"], row["arm"]): f"{row['ppl']:.2f}" for row in rows if "ppl" in row}
+    lines = [_line("", *arms), _line("---", *["--:"] * len(arms))]
+    for scheme in dict.fromkeys(scheme for scheme, _ in found):
+        lines.append(_line(scheme, *(found.get((scheme, arm), "") for arm in arms)))
+    return "\n".join(lines)
+
+
+def kv_memory(rows: Rows) -> str:
+    """What a filled cache takes, beside one in bf16."""
+    lines = [_line("cache", "tokens", "GiB", "bf16 GiB", "ratio"), _line("---", *["--:"] * 4)]
+    for row in (row for row in rows if row["arm"] == "memory"):
+        size = row["cache_gib"] if row["allocated_gib"] is None else row["allocated_gib"]
+        lines.append(
+            _line(row["scheme"], row["tokens"], f"{size:.3f}", f"{row['bf16_gib']:.3f}", f"{row['ratio']:.2f}")
+        )
+    return "\n".join(lines)
+
+
+def kmeans_fit(rows: Rows) -> str:
+    """Seconds to fit and milliseconds to refresh codebooks, for a billion weights."""
+    headings = ("codebooks", "entries", "weights are", "seconds to fit", "above the optimum", "seconds to refresh")
+    lines = [_line(*headings), _line("---", "--:", "---", *["--:"] * 3)]
+    for row in rows:
+        billion = 1e9 / row["weights"]
+        figures = (
+            f"{row['seconds'] * billion:.2f}",
+            f"{row['gap_percent']:.2f} %",
+            f"{row['refresh_seconds'] * billion:.3f}",
+        )
+        lines.append(_line(row["sharing"], row["clusters"], row["distribution"], *figures))
+    return "\n".join(lines)
+
+
+def kmeans_1b(rows: Rows) -> str:
+    """A fine-tune with codebooks beside one in bf16."""
+    headings = ("", "tokens/s", "of bf16", "peak GiB", "of bf16", "refresh, of a step")
+    lines = [_line(*headings), _line("---", *["--:"] * 5)]
+    for row in rows:
+        share = f"{row['refresh_share']:.1%}" if row["arm"].endswith("row") else ""
+        figures = (f"{row['tokens_per_s']:,.0f}", f"{row['speed_ratio']:.2f}", f"{row['peak_gib']:.1f}")
+        lines.append(_line(row["arm"], *figures, f"{row['memory_ratio']:.2f}", share))
+    return "\n".join(lines)
+
+
+# What a marker `<!-- table:NAME -->` shows: the result file and how.
+TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "default_job": ("default_job", default_job),
+    "cpu_step": ("cpu_step", cpu_step),
+    "grids": ("grids", grids),
+    "learning_rates": ("grids", learning_rates),
+    "kv_cache": ("kv_cache", kv_cache),
+    "kv_memory": ("kv_cache", kv_memory),
+    "kmeans_fit_cuda": ("kmeans_fit_cuda", kmeans_fit),
+    "kmeans_fit_cpu": ("kmeans_fit_cpu", kmeans_fit),
+    "kmeans_1b": ("kmeans_1b", kmeans_1b),
+}
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _source(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from benchmarks.tables import filled
+from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +46,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_tables_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert filled(text) == text
+    for page in pages():
+        assert filled(page.read_text()) == page.read_text(), page
 
 
 def test_links_lead_somewhere():
