@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels import ops
@@ -13,9 +13,10 @@ from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers import Quantizer
+from qat.quantizers.keep_dtype import KeepsDtype
 
 
-class StoredActivation(nn.Module):
+class StoredActivation(KeepsDtype):
     """Fake-quantizes x with stored qparams, or with a scale computed from x by a named rule.
 
     Args:

@@ -20,6 +20,7 @@ class QuantizedLayer(CacheLayerMixin):
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self.is_croppable = quantizer.is_immediate
+        self.layout = quantizer.layout
         self.stored_keys = StoredTokens(quantizer.key_quantizer, quantizer.key_schedule)
         self.stored_values = StoredTokens(quantizer.value_quantizer, quantizer.value_schedule)
 
@@ -98,15 +99,28 @@ class QuantizedCache(Cache):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found: dict[int, KVQuantizer] = {int(module.layer_idx): kv for _, module, kv in kv_layers(model)}  # type: ignore[arg-type]
-        if sorted(found) != list(range(len(found))) or not found:
-            raise InputError("The model has no KV quantizers: call quantize_kv(model, key, value) first.")
-        super().__init__(layers=[QuantizedLayer(found[index]) for index in range(len(found))])
+        super().__init__(layers=[QuantizedLayer(kv) for kv in _by_layer(model)])
 
     @property
     def nbytes(self) -> int:
         """Bytes that the cache occupies: codes, scales, zero points and tokens in full precision."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, QuantizedLayer))
+
+    def check_serves(self, model: nn.Module) -> None:
+        """Refuse a model whose keys and values are quantized in another way."""
+        if [layer.layout for layer in self.layers] != [kv.layout for kv in _by_layer(model)]:  # type: ignore[union-attr]
+            raise InputError(
+                "past_key_values was made for a model whose cache has another layout: pass QuantizedCache(model) of "
+                "this one."
+            )
+
+
+def _by_layer(model: nn.Module) -> list[KVQuantizer]:
+    """The KV quantizers of `model` in the order of its layers."""
+    found: dict[int, KVQuantizer] = {int(module.layer_idx): kv for _, module, kv in kv_layers(model)}  # type: ignore[arg-type]
+    if sorted(found) != list(range(len(found))) or not found:
+        raise InputError("The model has no KV quantizers: call quantize_kv(model, key, value) first.")
+    return [found[index] for index in range(len(found))]
 
 
 def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -116,8 +130,10 @@ def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
     replacing it here is enough. While training or calibrating, a call without a cache gets none from here.
 
     Raises:
-        InputError: for a cache of another kind, or one that holds tokens already.
+        InputError: for a cache of another kind or model, or a default one that holds tokens already.
     """
+    if next(kv_layers(decoder), None) is None:
+        return args, kwargs  # its quantizers were taken away for a while
     names = list(signature(decoder.forward).parameters)
     named = dict(zip(names, args, strict=False)) | kwargs
     given, wanted = named.get("past_key_values"), named.get("use_cache")
@@ -125,8 +141,11 @@ def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
         wanted = getattr(decoder.config, "use_cache", False) if wanted is None else wanted
         busy = decoder.training or any(kv.is_observing for _, _, kv in kv_layers(decoder))
         cache = QuantizedCache(decoder) if wanted and not busy else None
+    elif isinstance(given, QuantizedCache):
+        given.check_serves(decoder)
+        cache = given
     else:
-        cache = given if isinstance(given, QuantizedCache) else _in_place_of(given, decoder)
+        cache = _in_place_of(given, decoder)
     position = names.index("past_key_values")
     if position < len(args):
         return (*args[:position], cache, *args[position + 1 :]), kwargs

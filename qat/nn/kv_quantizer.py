@@ -86,6 +86,11 @@ class KVQuantizer(nn.Module):
         return self.key_schedule.is_immediate and self.value_schedule.is_immediate
 
     @property
+    def layout(self) -> tuple[object, ...]:
+        """What a cache must agree on: the grid of keys and of values, and from when on tokens are quantized."""
+        return self.key_schedule, self.value_schedule, _grid(self.key_quantizer), _grid(self.value_quantizer)
+
+    @property
     def is_observing(self) -> bool:
         """Whether a quantizer is being calibrated, and nothing can be stored yet."""
         roles = (self.key_quantizer, self.value_quantizer)
@@ -100,6 +105,12 @@ def tokens_of_group(quantizer: nn.Module) -> int:
     if not isinstance(quantizer, Quantizer | StoredActivation):
         return 0
     return quantizer.granularity.rows if isinstance(quantizer.granularity, PerBlock) else 1
+
+
+def _grid(quantizer: nn.Module) -> tuple[object, ...] | None:
+    if not isinstance(quantizer, Quantizer | StoredActivation):
+        return None
+    return quantizer.format, quantizer.granularity, quantizer.rule, quantizer.scale_dtype
 
 
 def kv_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KVQuantizer]]:

@@ -1,9 +1,10 @@
 """The stored form of a tensor: packed codes and qparams as buffers, and no Quantizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels import ops
@@ -11,15 +12,17 @@ from qat.numerics.formats import parse_format
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken, parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
 from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape
+from qat.quantizers.keep_dtype import KeepsDtype
 
 # QParams fields in the order in which they are described, stored and loaded.
 _FIELDS = QParams._fields
 
 
-class PackedTensor(nn.Module):
+class PackedTensor(KeepsDtype):
     """A QuantizedTensor as buffers: bit-packed `codes`, and one buffer for each of its qparams.
 
-    A scale that is quantized itself is a PackedTensor in turn, so its codes are stored under `scale.codes`.
+    A scale that is quantized itself is a PackedTensor in turn, so its codes are stored under `scale.codes`. Casting the
+    model changes the dtype that a weight is dequantized to, as it would change the weight, and no stored number.
 
     Args:
         description: what `describe` returns; the buffers are allocated from it and filled by `load_state_dict`.
@@ -57,6 +60,18 @@ class PackedTensor(nn.Module):
             elif value is not None:
                 getattr(packed, name).copy_(value)
         return packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTensor":
+        super()._apply(fn, recurse)
+        self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype)
+        for scale in self.children():
+            assert isinstance(scale, PackedTensor)
+            scale._set_dtype(torch.float32)
+        return self
+
+    def _set_dtype(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.description = self.description | {"dtype": dtype_name(dtype)}
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """The base of every quantizer: a new one overrides `qparams` and inherits everything else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -15,13 +15,14 @@ from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.numerics.ste import straight_through
+from qat.quantizers.keep_dtype import KeepsDtype
 from qat.quantizers.observers import MinMaxObserver, Observer
 
 _DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(KeepsDtype, ABC):
     """Finds the qparams of a tensor; quantizes and fake-quantizes with them.
 
     Args:
@@ -160,15 +161,6 @@ class Quantizer(nn.Module, ABC):
             None if codebook is None else codebook.to(self.codebook_dtype or self.scale_dtype),
             offset,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
-        """Move between devices, but stay in float32 when the model is cast: qparams are rounded by their own rule."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.initialized)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.nn import LayerQuantizers, QuantLayer, StoredActivation
-from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.rules import QuantizerFactory, Rule
 
@@ -74,10 +74,11 @@ def _activation(factory: QuantizerFactory, features: int, name: str, role: str) 
         return quantizer
     where = f"{name}, {role}"
     in_context(lambda: check_storable(quantizer, "activations"), where)
-    if not _suits_activations(quantizer.granularity):
+    if not _suits_activations(quantizer):
         raise InputError(
-            f"{where}: {quantizer.granularity} would group different texts or tokens of a batch; activations "
-            "take per_token, per_tensor, per_channel_-1 or per_group_N."
+            f"{where}: {quantizer.granularity} would group different texts or tokens of a batch, and a token served "
+            "alone would see another scale; activations take per_token, per_tensor or per_group_N, static ones "
+            "per_channel_-1 too."
         )
     if quantizer.initialized:
         in_context(lambda: StoredActivation.from_quantizer(quantizer), where)
@@ -88,8 +89,8 @@ def check_storable(quantizer: Quantizer, what: str) -> None:
     """Refuse a quantizer whose qparams for `what` follow neither from stored numbers nor from a rule with a name."""
     if quantizer.rule is None and quantizer.initialized:
         raise InputError(
-            f"{type(quantizer).__name__} computes its qparams from x but names no rule, so they cannot be stored. "
-            "Set its `rule` to one of qat.numerics.dynamic.DYNAMIC_RULES."
+            f"{type(quantizer).__name__} is for weights: no stored numbers and no rule say how to quantize {what} "
+            "later. Take minmax_token, fp8_token or mxfp4; a quantizer of your own needs a `rule`."
         )
     if quantizer.rule is None and quantizer.granularity not in (PerTensor(), PerChannel(-1)):
         raise InputError(
@@ -98,9 +99,14 @@ def check_storable(quantizer: Quantizer, what: str) -> None:
         )
 
 
-def _suits_activations(granularity: Granularity) -> bool:
-    """Whether its groups lie within a token, or hold everything, or a feature of all tokens."""
-    return isinstance(granularity, PerToken | PerTensor | PerGroup) or granularity == PerChannel(-1)
+def _suits_activations(quantizer: Quantizer) -> bool:
+    """Whether each group lies within a token, or is everything, or with a fixed scale a feature of all tokens.
+
+    A dynamic scale per_tensor depends on what else is in the batch, too; it is what many engines serve.
+    """
+    granularity = quantizer.granularity
+    whole = isinstance(granularity, PerToken | PerTensor | PerGroup)
+    return whole or (granularity == PerChannel(-1) and quantizer.rule is None)
 
 
 def _gradient(factory: QuantizerFactory, features: int, name: str) -> nn.Module:
@@ -110,7 +116,7 @@ def _gradient(factory: QuantizerFactory, features: int, name: str) -> nn.Module:
     if not quantizer.initialized or any(True for _ in quantizer.parameters()):
         raise InputError(
             f"{name}, grad: a static or learned quantizer cannot follow gradients, which shrink as training goes on: "
-            "take a dynamic one (minmax_token)."
+            "take a dynamic one (grad_token)."
         )
     if not isinstance(quantizer.granularity, PerToken | PerTensor | PerGroup):
         raise InputError(
@@ -120,7 +126,27 @@ def _gradient(factory: QuantizerFactory, features: int, name: str) -> nn.Module:
 
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
-    return in_context(lambda: factory(shape=shape), f"{name}, {role} of shape {list(shape)}")
+    def make() -> nn.Module:
+        quantizer = factory(shape=shape)
+        check_role(quantizer, role)
+        return quantizer
+
+    made: nn.Module = in_context(make, f"{name}, {role} of shape {list(shape)}")
+    return made
+
+
+def check_role(quantizer: nn.Module, role: str) -> None:
+    """Refuse what serves only gradients, or only weights, in another role."""
+    if not isinstance(quantizer, Quantizer):
+        return
+    if quantizer.stochastic and role != "grad":
+        raise InputError(
+            "random rounding is for gradients, and would ship other codes than it trained: set rounding=nearest."
+        )
+    if quantizer.format.block > 1 and role != "weight":
+        raise InputError(
+            f"{quantizer.format.name} has one code for several numbers and is for weights: take kmeans or nf4."
+        )
 
 
 def in_context(work: Callable[[], Any], context: str) -> Any:

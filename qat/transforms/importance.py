@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import InputError
-from qat.nn import QuantLinear
-from qat.quantizers import NoQuantizer
+from qat.nn import QuantLayer, QuantLinear
+from qat.nn.kv_quantizer import kv_layers
+from qat.quantizers import KMeansQuantizer, NoQuantizer, Quantizer
 from qat.transforms.layers import codebooks, quant_layers
 
+_NO_CODEBOOK = (
+    "{transform} weighs the errors of k-means codebooks, and {none}: choose quantizer@scheme.weight=kmeans "
+    "(init=kmeans), or leave transforms={transform} out."
+)
 _NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
 
 
@@ -30,12 +35,12 @@ def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are codebooks but no batches, or the model returns no loss.
+        InputError: if there is no codebook that importance changes, no batch, or the model returns no loss.
     """
-    weights: list[Tensor] = [getattr(layer, name) for layer, name, _ in codebooks(model)]
+    weights: list[Tensor] = [getattr(layer, name) for layer, name, _ in _weighable(model)]
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
     if not sums:
-        return model
+        raise InputError(_NO_CODEBOOK.format(transform="fisher", none="no weight has one"))
     with _full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
         hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
         try:
@@ -61,13 +66,13 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are codebooks but no batches.
+        InputError: if no linear layer has a codebook that importance changes, or there is no batch.
     """
-    fitted = {layer.weight for layer, _, _ in codebooks(model) if isinstance(layer, QuantLinear)}
+    fitted = {layer.weight for layer, _, _ in _weighable(model) if isinstance(layer, QuantLinear)}
     layers = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantLinear) and layer.weight in fitted]
     sums = {layer.weight: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
     if not sums:
-        return model
+        raise InputError(_NO_CODEBOOK.format(transform="hessian", none="no linear layer has one"))
     with _full_precision(model):
         hooks = [layer.register_forward_pre_hook(_input_squares_into(sums[layer.weight])) for layer in layers]
         try:
@@ -78,12 +83,17 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     return _fit(model, {weight: total.expand_as(weight) for weight, total in sums.items()}, count)
 
 
+def _weighable(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantizer]]:
+    """The codebooks that importance changes: those that start where the squared error is least."""
+    return (found for found in codebooks(model) if found[2].init == "kmeans")
+
+
 @torch.no_grad()
 def _fit(model: nn.Module, sums: Mapping[Tensor, Tensor], count: int) -> nn.Module:
     """Initialize the quantizer of each weight; sums serve as well as means, because only ratios within a row count."""
     if not count:
         raise InputError(_NO_DATA)
-    for layer, name, quantizer in codebooks(model):
+    for layer, name, quantizer in _weighable(model):
         weight = getattr(layer, name)
         if weight in sums:
             quantizer.initialize(layer.as_matrix(layer, weight), layer.as_matrix(layer, sums[weight]))
@@ -93,20 +103,22 @@ def _fit(model: nn.Module, sums: Mapping[Tensor, Tensor], count: int) -> nn.Modu
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
     """No quantizer at work, no dropout: what is measured is the model that is to be kept."""
-    kept = [
-        (layer, role, getattr(layer, role))
+    kept: list[tuple[nn.Module, str, nn.Module]] = [
+        (layer, role, child)
         for _, layer in quant_layers(model)
-        for role in ("input_quantizer", "output_quantizer", *(f"{name}_quantizer" for name in layer.names(layer)))
+        for role, child in layer.named_children()
+        if isinstance(child, Quantizer)
     ]
+    kept += [(attention, "kv_quantizer", kv) for _, attention, kv in kv_layers(model)]
     was_training = model.training
     model.eval()
-    for layer, role, _ in kept:
-        setattr(layer, role, NoQuantizer())
+    for module, role, quantizer in kept:
+        setattr(module, role, NoQuantizer() if isinstance(quantizer, Quantizer) else None)
     try:
         yield
     finally:
-        for layer, role, quantizer in kept:
-            setattr(layer, role, quantizer)
+        for module, role, quantizer in kept:
+            setattr(module, role, quantizer)
         model.train(was_training)
 
 

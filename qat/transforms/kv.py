@@ -13,7 +13,7 @@ from qat.nn.activation import StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers, tokens_of_group
 from qat.numerics.granularity import PerBlock, PerGroup, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
-from qat.transforms.build import check_storable, in_context
+from qat.transforms.build import check_role, check_storable, in_context
 from qat.transforms.rules import KVCache, QuantizerFactory
 
 _UNSUPPORTED = "Leave keys and values in full precision (NoQuantizer), or take a model with full causal attention."
@@ -180,6 +180,7 @@ def _make(factory: QuantizerFactory, module: Any, where: str) -> nn.Module:
 def _fitting(factory: QuantizerFactory, features: int) -> nn.Module:
     quantizer = factory(shape=(0, features))
     if isinstance(quantizer, Quantizer):
+        check_role(quantizer, "cache")
         _check_layout(quantizer)
         # One group of tokens, for who asks later for an example of what is quantized.
         quantizer.shape = (tokens_of_group(quantizer), features)

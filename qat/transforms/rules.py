@@ -28,6 +28,10 @@ class KVCache:
     value: QuantizerFactory = NoQuantizer
     window: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int) or self.window < 0:
+            raise InputError(f"scheme.kv.window is {self.window}; it is a number of tokens: set it to 0, 32, 128 ...")
+
     @property
     def quantizes(self) -> bool:
         """Whether keys or values get a quantizer."""
@@ -79,7 +83,7 @@ class Scheme:
     embedding, whose input holds no activations, takes no `input` and no `grad`.
 
     Args:
-        kv: quantizers of the KV cache, for every attention layer.
+        kv: quantizers of the KV cache, for every attention layer; None leaves it in full precision.
         rules: named rules, tried in order; the first that matches wins.
         exclude: layers that stay in full precision; comes before `rules`.
         head: quantize the output head too; it stays in full precision otherwise, whatever `rules` say.
@@ -91,7 +95,7 @@ class Scheme:
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
     grad: QuantizerFactory = NoQuantizer
-    kv: KVCache = KVCache()
+    kv: KVCache | None = None
     rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
     head: bool = False

@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -209,3 +210,14 @@ def test_bad_input_names_the_mend():
         QuantizedCache(tiny())
     with pytest.raises(InputError, match="never calibrated"):
         quantize_kv(tiny(), STATIC, STATIC).generate(tokens(), **greedy)
+
+
+def test_a_cache_of_another_layout_is_refused():
+    ids = tokens()
+    other, model = quantized("int8"), quantized("int4")
+    with pytest.raises(InputError, match=r"another layout: pass QuantizedCache\(model\) of this one"):
+        model(ids, past_key_values=QuantizedCache(other))
+    same = copy.deepcopy(QuantizedCache(model))  # as for a prompt that many requests share
+    assert torch.equal(
+        model(ids, past_key_values=same).logits, model(ids, past_key_values=QuantizedCache(model)).logits
+    )

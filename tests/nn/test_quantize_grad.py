@@ -1,38 +1,26 @@
 """Quantized gradients: the forward pass is untouched, and both products of the backward pass see the rounded one."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 from torch.nn import functional as F
 
 import qat
 from qat.errors import InputError
 from qat.nn import quantize_grad
-from qat.numerics.formats import IntFormat
-from qat.numerics.qtensor import QParams
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer
 from qat.transforms import quant_layers, quantizes_weights
 from tests.conftest import tiny_llama
 from tests.models import LANGUAGE_MODELS, small_cnn
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "quantizer"
 TOKEN4 = partial(MinMaxQuantizer, bits=4, granularity="per_token")
 LSQ4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
-
-
-class Stochastic(Quantizer):
-    """Rounds x / scale up with the probability of its fraction, so that its mean is x."""
-
-    def __init__(self, shape):
-        super().__init__(shape, IntFormat(4), "per_tensor")
-
-    def qparams(self, x):
-        return QParams(x.abs().max().view(1) / 7)
-
-    def forward(self, x):
-        scale = self.qparams(x).scale
-        return torch.floor(x / scale + torch.rand_like(x)) * scale
 
 
 @pytest.mark.parametrize("quantizer", [TOKEN4(shape=(6,)), NoQuantizer()], ids=["int4", "none"])
@@ -73,20 +61,33 @@ def test_the_channels_of_a_convolution_are_its_last_dimension():
     assert torch.allclose(conv.weight.grad.flatten(1), linear.weight.grad, atol=1e-5)
 
 
-def test_stochastic_rounding_leaves_the_gradient_of_the_weight_unbiased():
-    (layer,) = qat.prepare(nn.Sequential(nn.Linear(8, 4)), qat.Scheme(grad=Stochastic))
-    x, g = torch.randn(16, 8), torch.randn(16, 4)
-    exact = g.T @ x
-    draws = []
-    for _ in range(2000):
-        layer.weight.grad = None
-        layer(x).backward(g)
-        draws.append(layer.weight.grad)
-    draws = torch.stack(draws)
-    error = (draws.mean(0) - exact).abs()
-    standard_error = draws.std(0) / len(draws) ** 0.5
-    assert (draws[0] - exact).abs().max() > 0.1
-    assert (error < 5 * standard_error).all()
+def bias(factory, draws=1000):
+    """By how many standard errors the mean dgrad and wgrad of a layer are off, and how far one draw is, at most."""
+    (layer,) = qat.prepare(nn.Sequential(nn.Linear(8, 4)), qat.Scheme(grad=factory))
+    x, g = torch.randn(16, 8, requires_grad=True), torch.randn(16, 4)
+    found = [torch.autograd.grad(layer(x), (x, layer.weight), g) for _ in range(draws)]
+    off, noise = 0.0, 0.0
+    for draw, exact in zip(zip(*found, strict=True), (g @ layer.weight, g.T @ x), strict=True):
+        draw = torch.stack(draw)
+        error = (draw.mean(0) - exact).abs() / (draw.std(0) / draws**0.5).clamp(min=1e-6 * exact.abs().max())
+        off, noise = max(off, error.max().item()), max(noise, (draw[0] - exact).abs().max().item())
+    return off, noise
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("name", ["grad_tensor", "grad_token", "grad_fp8"])
+def test_stochastic_rounding_leaves_both_gradients_unbiased(name, bits):
+    config = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    if bits is not None:
+        config = OmegaConf.merge(config, {"bits": bits} | ({"format": "fp4_e2m1"} if "format" in config else {}))
+    off, noise = bias(instantiate(config))
+    assert noise > 1e-3
+    assert off < 5.5
+
+
+def test_rounding_to_nearest_is_biased():
+    off, _ = bias(partial(MinMaxQuantizer, bits=4, granularity="per_token"))
+    assert off > 100
 
 
 @pytest.mark.parametrize("build", LANGUAGE_MODELS.values(), ids=LANGUAGE_MODELS)

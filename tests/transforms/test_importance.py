@@ -7,7 +7,7 @@ from torch import nn
 import qat
 from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
-from qat.transforms import fisher, hessian, quant_layers
+from qat.transforms import KVCache, fisher, hessian, quant_layers
 from tests.conftest import tiny_llama
 
 KMEANS = qat.Scheme(weight=partial(KMeansQuantizer, bits=2))
@@ -102,11 +102,35 @@ def test_layers_that_share_a_weight_add_up(transform):
 
 
 @pytest.mark.parametrize("transform", [fisher, hessian])
-def test_no_batches_are_refused_only_where_there_are_codebooks(transform):
+def test_no_batches_are_refused(transform):
     with pytest.raises(InputError, match="no data to find an importance from"):
         transform(qat.prepare(tiny_llama(), KMEANS), [])
-    model = qat.prepare(tiny_llama(), qat.Scheme(weight=partial(LSQQuantizer, bits=3)))
-    assert transform(model, []) is model
+
+
+@pytest.mark.parametrize("transform", [fisher, hessian])
+@pytest.mark.parametrize(
+    "weight", [partial(LSQQuantizer, bits=3), partial(KMeansQuantizer, bits=3, init="entropy")], ids=["lsq", "entropy"]
+)
+def test_codebooks_that_importance_would_not_change_are_refused(transform, weight):
+    message = f"choose quantizer@scheme.weight=kmeans .*or leave transforms={transform.__name__}"
+    with pytest.raises(InputError, match=message):
+        transform(qat.prepare(tiny_llama(), qat.Scheme(weight=weight)), [])
+
+
+@pytest.mark.parametrize("transform", [fisher, hessian])
+def test_importance_is_that_of_the_full_precision_model(transform):
+    """Neither quantized gradients nor a quantized cache, static and not yet calibrated, take part."""
+    found = []
+    static = partial(MinMaxQuantizer, bits=2, granularity="per_tensor", dynamic=False)
+    rough = {"grad": partial(MinMaxQuantizer, bits=2, granularity="per_tensor"), "kv": KVCache(static, static)}
+    for others in ({}, rough):
+        torch.manual_seed(0)
+        model = qat.prepare(tiny_llama(), qat.Scheme(weight=KMEANS.weight, **others))
+        ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(1))
+        transform(model, [{"input_ids": ids, "labels": ids}])
+        found.append([layer.weight_quantizer.codebook.detach() for _, layer in quant_layers(model)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_fisher_needs_a_loss():

@@ -12,7 +12,7 @@ from qat.nn import StoredActivation
 from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.formats import IntFormat
 from qat.numerics.qtensor import QParams
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, TableQuantizer
+from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, TableQuantizer, VectorQuantizer
 from qat.transforms import calibrate, uncalibrated
 from qat.transforms.kv import describe_kv, quantize_kv, restore_kv, store_kv
 from tests.conftest import tiny_llama
@@ -123,10 +123,15 @@ class Unnamed(Quantizer):
         (partial(MinMaxQuantizer, granularity="per_token", dynamic=False), "static quantizer cannot be per_token"),
         (partial(MinMaxQuantizer, granularity="per_group_12"), "keys of head_dim 16: .*12 does not divide 16"),
         (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
-        (Unnamed, "names no rule"),
+        (Unnamed, "a quantizer of your own needs a `rule`"),
         (partial(INT4, bitz=3), "refused its options.*bitz"),
+        (partial(INT4, rounding="stochastic"), "random rounding is for gradients.*set rounding=nearest"),
+        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "is for weights: take kmeans"),
     ],
-    ids=["tensor", "channel", "flat", "lsq_token", "static_token", "odd_group", "double", "unnamed", "misspelt"],
+    ids=[
+        *("tensor", "channel", "flat", "lsq_token", "static_token", "odd_group", "double", "unnamed", "misspelt"),
+        *("stochastic", "vector"),
+    ],
 )
 def test_layouts_that_cannot_be_served_are_refused(factory, message):
     model = tiny()

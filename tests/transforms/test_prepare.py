@@ -7,10 +7,19 @@ from torch import nn
 import qat
 from qat.errors import InputError
 from qat.nn import PackedLinear
+from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.formats import IntFormat
 from qat.numerics.metrics import sqnr
 from qat.numerics.qtensor import QParams
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, Quantizer, TableQuantizer
+from qat.quantizers import (
+    KMeansQuantizer,
+    LSQQuantizer,
+    MinMaxQuantizer,
+    NVFP4Quantizer,
+    Quantizer,
+    TableQuantizer,
+    VectorQuantizer,
+)
 from qat.transforms import quant_layers, uncalibrated
 from tests.conftest import tiny_llama
 
@@ -207,14 +216,60 @@ class Unnamed(Quantizer):
     [
         (partial(LSQQuantizer, granularity="per_channel"), "per_tensor or per_channel_-1, not per_channel"),
         (partial(KMeansQuantizer, granularity="per_group_32"), "per_tensor or per_channel_-1"),
-        (Unnamed, "names no rule"),
+        (Unnamed, "a quantizer of your own needs a `rule`"),
         (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
+        (partial(TOKEN8, rounding="stochastic"), "input .*random rounding is for gradients"),
+        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "input .*is for weights: take kmeans"),
+        (partial(MinMaxQuantizer, granularity="per_channel_-1"), "a token served alone would see another scale"),
+        (partial(NVFP4Quantizer), "NVFP4Quantizer is for weights: .*Take minmax_token, fp8_token or mxfp4"),
     ],
-    ids=["lsq", "kmeans", "unnamed", "double"],
+    ids=["lsq", "kmeans", "unnamed", "double", "stochastic", "vector", "channel", "nvfp4"],
 )
 def test_activation_quantizers_that_cannot_be_stored_are_refused(factory, message):
     with pytest.raises(InputError, match=message):
         qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=factory))
+
+
+def test_weights_are_not_rounded_at_random():
+    with pytest.raises(InputError, match=r"weight .*random rounding is for gradients.* set rounding=nearest"):
+        qat.prepare(tiny_llama(), qat.Scheme(weight=partial(MinMaxQuantizer, bits=4, rounding="stochastic")))
+
+
+def test_a_scheme_without_a_word_on_the_cache_leaves_it():
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, kv=None))
+    assert not list(kv_layers(model))
+
+
+@pytest.mark.parametrize("window", [-1, 1.5, None])
+def test_a_window_is_a_number_of_tokens(window):
+    with pytest.raises(InputError, match=f"scheme.kv.window is {window}; it is a number of tokens"):
+        qat.transforms.KVCache(window=window)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_artifact_that_is_cast_computes_as_the_model_that_was(name, dtype, tmp_path):
+    """A cast reaches neither scales nor codebooks, nor activations' static scales."""
+    model = qat.prepare(tiny_llama().to(dtype), SCHEMES[name]).eval()
+    qat.calibrate(model, [{"input_ids": tokens()} for _ in range(2)])
+    ids = tokens()
+    trained = model(ids).logits
+    loaded = qat.load(qat.save(qat.convert(model), tmp_path / "artifact"))
+    before = {key: value.dtype for key, value in loaded.state_dict().items() if value.is_floating_point()}
+    loaded.to(dtype)
+    assert torch.equal(loaded(ids).logits, trained)
+    stored = [key for key in before if key.rpartition(".")[2] in ("scale", "codebook", "offset")]
+    assert all(loaded.state_dict()[key].dtype == before[key] for key in stored)
+
+
+def test_a_packed_weight_follows_a_cast_as_a_weight_does():
+    (layer,) = qat.convert(qat.prepare(nn.Sequential(nn.Linear(64, 8)), SCHEMES["nf4_double"]))
+    exact = layer.weight.dequantize()
+    layer.bfloat16()
+    assert layer.weight.dequantize().dtype == torch.bfloat16
+    assert layer.weight.description["dtype"] == "bfloat16"
+    assert torch.equal(layer.weight.dequantize(torch.float32), exact)
+    assert torch.equal(layer.weight.dequantize(), exact.bfloat16())
 
 
 def test_a_packed_layer_is_small():
