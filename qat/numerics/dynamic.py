@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.formats import FloatFormat, Format
-from qat.numerics.granularity import Granularity
+from qat.numerics.granularity import Granularity, padded
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.ste import round_up_to_storage, smallest_scale
 
@@ -27,12 +27,19 @@ def absmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
 
 @torch.no_grad()
 def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> ViewParams:
-    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid."""
+    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid, and so do the extremes.
+
+    The zero point is what the even split of the range suggests, but leaves a level to each side that has values; the
+    scale is then the least that holds the extremes on either side of it.
+    """
     low, high = format.range()
     smallest, largest = _extremes(view)
-    smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
-    scale = round_up_to_storage((largest - smallest) / (high - low), scale_dtype)
-    return ViewParams(scale, (low - smallest / scale).round().clamp_(low, high))
+    below, above = (-smallest).clamp(min=0), largest.clamp(min=0)
+    even = ((below + above) / (high - low)).clamp(min=smallest_scale(torch.float32))
+    zero_point = (low + below / even).round()
+    zero_point = torch.minimum(torch.maximum(zero_point, low + (below > 0)), high - (above > 0).to(below.dtype))
+    needed = torch.maximum(below / (zero_point - low).clamp(min=1), above / (high - zero_point).clamp(min=1))
+    return ViewParams(round_up_to_storage(needed, scale_dtype), zero_point)
 
 
 @torch.no_grad()
@@ -80,6 +87,10 @@ DYNAMIC_RULES: dict[str, Rule] = {
 }
 
 
+# Those that zeros beside the data do not change.
+_OF_EXTREMES = ("absmax", "minmax", "microscaling")
+
+
 def check_rule(name: str) -> str:
     """`name`, if a rule is called that."""
     if name not in DYNAMIC_RULES:
@@ -91,6 +102,8 @@ def dynamic_qparams(
     x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
 ) -> QParams:
     """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`."""
+    if rule not in _OF_EXTREMES and granularity.pads(x.shape):
+        raise InputError(padded(granularity, x.shape))
     found = DYNAMIC_RULES[check_rule(rule)](granularity.view(x.detach()), format, scale_dtype)
     shape = granularity.param_shape(x.shape)
     zero_point = None if found.zero_point is None else found.zero_point.reshape(shape)

@@ -33,6 +33,10 @@ class Granularity(ABC):
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         """Undo `view` for a tensor of `shape`."""
 
+    def pads(self, shape: Shape) -> bool:
+        """Whether the view of a tensor of `shape` holds zeros that the tensor does not."""
+        return False
+
     def of_codes(self, block: int) -> "Granularity":
         """The same partition of codes, each of which stands for `block` consecutive elements of the last dimension.
 
@@ -176,6 +180,9 @@ class PerFlatGroup(Granularity):
     def __str__(self) -> str:
         return f"per_flat_group_{self.group_size}"
 
+    def pads(self, shape: Shape) -> bool:
+        return math.prod(shape) % self.group_size != 0
+
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         return (math.ceil(math.prod(shape) / self.group_size),)
 
@@ -218,7 +225,17 @@ def parse_granularity(name: "str | Granularity") -> Granularity:
     raise InputError(f"There is no granularity '{name}'.{nearest(str(name), examples)}")
 
 
+def padded(granularity: Granularity, shape: Shape) -> str:
+    """Why a padded view does not do."""
+    return (
+        f"{granularity} does not divide {list(shape)} and pads it with zeros, which would count as data here: take a "
+        "size that divides, per_channel, or a quantizer that looks at extremes only (minmax, nf4)."
+    )
+
+
 def _check_divides(size: int, length: int, what: str) -> None:
     if length % size:
-        working = [str(n) for n in range(1, length + 1) if length % n == 0 and 8 <= n <= 512] or [str(length)]
-        raise InputError(f"The {what} {size} does not divide {length}. Sizes that do: {', '.join(working)}.")
+        divisors = [n for n in range(1, length + 1) if length % n == 0]
+        usual = [n for n in divisors if 8 <= n <= 512]
+        working = usual if len(usual) > 2 else divisors
+        raise InputError(f"The {what} {size} does not divide {length}. Sizes that do: {', '.join(map(str, working))}.")

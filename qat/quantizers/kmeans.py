@@ -65,6 +65,7 @@ class KMeansQuantizer(Quantizer):
             raise InputError(f"A k-means codebook has 1 to 8 bits, not {bits}.")
         entries = 2**bits if entries is None else entries
         super().__init__(shape, CodebookFormat(entries), granularity, scale_dtype)
+        self.refuse_padding()
         if init not in _INITS:
             raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, _INITS)}")
         if temperature is not None and temperature <= 0:
@@ -75,7 +76,7 @@ class KMeansQuantizer(Quantizer):
         table_shape = sharing.param_shape(self.shape)
         if not is_coarser(table_shape, self.param_shape):
             raise InputError(
-                f"The codebook is shared {sharing}, finer than the scales ({self.granularity}). "
+                f"A codebook shared {sharing} does not serve whole groups of the scales ({self.granularity}). "
                 f"Use granularity={sharing}, or a coarser codebook."
             )
         self.init = init

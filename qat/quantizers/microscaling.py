@@ -70,7 +70,8 @@ class NVFP4Quantizer(Quantizer):
     def _scales(self, x: Tensor) -> QuantizedTensor:
         (scale, *_) = dynamic_qparams(x, "absmax", self.format, self.granularity, self.scale_dtype)
         assert isinstance(scale, Tensor)
-        tensor_scale = (scale.amax() / _E4M3.range()[1]).clamp(min=torch.finfo(torch.float32).tiny)
+        largest = scale.amax() if scale.numel() else scale.new_zeros(())
+        tensor_scale = (largest / _E4M3.range()[1]).clamp(min=torch.finfo(torch.float32).tiny)
         # Code 1 is the smallest positive number: a block of zeros still needs a scale to divide by.
         codes = _E4M3.encode(scale / tensor_scale).clamp(min=1)
         second = QParams(tensor_scale.view((1,) * scale.ndim))

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+_MOST_OF_A_BATCH = 2**20
+
 
 class Observer(ABC):
     """Sees the view `[groups, elements]` of every calibration batch; the number of groups is constant."""
@@ -53,22 +55,28 @@ class MovingAverageObserver(Observer):
 
 
 class SampleObserver(Observer):
-    """Keeps about `per_batch` random elements of each group of every batch, and its extremes: enough to fit to.
+    """Keeps random elements of each group of every batch: enough to fit to.
 
     Random, because evenly spaced ones of a flattened `[tokens, features]` can be those of a few features only.
+
+    Args:
+        per_batch: how many of each group; fewer where groups are so many that a batch would keep more than 2^20.
+        extremes: keep each batch's extremes too, for scales that shall hold everything. They are no random elements:
+            leave them out to find quantiles.
     """
 
-    def __init__(self, per_batch: int = 4096) -> None:
-        self.per_batch = per_batch
+    def __init__(self, per_batch: int = 4096, extremes: bool = True) -> None:
+        self.per_batch, self.extremes = per_batch, extremes
         self._samples: list[Tensor] = []
 
     def update(self, view: Tensor) -> None:
-        size = view.shape[1]
-        if size > self.per_batch:
+        groups, size = view.shape
+        most = max(1, min(self.per_batch, _MOST_OF_A_BATCH // groups))
+        if size > most:
             generator = torch.Generator().manual_seed(len(self._samples))
-            chosen = torch.randint(size, (self.per_batch,), generator=generator).to(view.device)
-            low, high = torch.aminmax(view, dim=1, keepdim=True)
-            view = torch.cat([view[:, chosen], low, high], dim=1)
+            chosen = torch.randint(size, (most,), generator=generator).to(view.device)
+            ends = torch.aminmax(view, dim=1, keepdim=True) if self.extremes else ()
+            view = torch.cat([view[:, chosen], *ends], dim=1)
         self._samples.append(view.float().clone())
 
     def summary(self) -> Tensor | None:

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qat.errors import InputError
 from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
-from qat.numerics.dynamic import check_rule, dynamic_qparams
+from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.functional import quantize
 from qat.numerics.granularity import Granularity, PerFlatGroup
 from qat.numerics.qtensor import QParams, QuantizedTensor
-from qat.quantizers.base import Quantizer
+from qat.quantizers.base import Quantizer, is_stochastic
 
 _DOUBLE_GROUP = 256
+_RULES = ("absmax", "absmean", "twn")
 
 
 class TableQuantizer(Quantizer):
@@ -37,6 +39,7 @@ class TableQuantizer(Quantizer):
         granularity: blocks; `per_flat_group_64` is bitsandbytes' layout for sizes that 64 does not divide.
         rule: how the scale follows from x: `absmax`, or for binary and ternary `absmean` or `twn`.
         double_quant: store the scales in 8 bits as well, minus their mean, in blocks of 256 with their own scale.
+        rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients.
     """
 
     codebook: Tensor
@@ -50,11 +53,15 @@ class TableQuantizer(Quantizer):
         granularity: str | Granularity = "per_group_64",
         rule: str = "absmax",
         double_quant: bool = False,
+        rounding: str = "nearest",
         scale_dtype: str = "float32",
     ) -> None:
         values = fixed_codebook(family, bits)
         super().__init__(shape, CodebookFormat(len(values)), granularity, scale_dtype)
-        self.rule = check_rule(rule)
+        if rule not in _RULES:
+            raise InputError(f"A fixed codebook has no rule '{rule}': set rule to {', '.join(_RULES)}.")
+        self.rule = rule
+        self.stochastic = is_stochastic(rounding)
         self.double_quant = double_quant
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
 

@@ -47,11 +47,15 @@ class VectorQuantizer(Quantizer):
             raise InputError(f"bits * block is {bits} * {block}; a vector codebook has at most 8 bits: set block=2.")
         grid = VectorFormat(2 ** (bits * block), block)
         super().__init__(shape, grid, granularity, scale_dtype)
+        self.refuse_padding()
         codes_shape(self.shape, grid)
         self.granularity.of_codes(block)
         table_shape = parse_granularity(codebook).param_shape(self.shape)
         if not is_coarser(table_shape, self.param_shape):
-            raise InputError(f"The codebook is shared {codebook}, finer than the scales ({self.granularity}).")
+            raise InputError(
+                f"A codebook shared {codebook} does not serve whole groups of the scales ({self.granularity}). "
+                "Use codebook=per_tensor."
+            )
         self.initialized = False
         self.codebook = nn.Parameter(torch.zeros(*table_shape, grid.entries * block))
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape), requires_grad=learn_scale)

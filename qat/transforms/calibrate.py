@@ -25,7 +25,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are quantizers to calibrate but no batches, or batches that never reach them.
+        InputError: if there are quantizers to calibrate but no batches, batches that never reach them, or that hold
+            NaN or infinity there.
     """
     waiting = uncalibrated(model)
     if not waiting:
@@ -43,6 +44,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             if summary is None:
                 raise InputError(
                     f"{name} saw no data while calibrating: give calibrate at least one batch that reaches it."
+                )
+            if not torch.isfinite(summary).all():
+                raise InputError(
+                    f"{name} saw NaN or infinity while calibrating, which no scale holds: look for the batch or the "
+                    "layer that they come from."
                 )
             quantizer.initialize_from(summary)
             quantizer.initialized = True

@@ -118,11 +118,24 @@ def test_centroids_that_cross_keep_an_ascending_grid():
         (lambda: KMeansQuantizer((4, 64), bits=3, init="nf4"), "16 entries, not 8: set bits=4"),
         (lambda: KMeansQuantizer((4, 64), entries=300), "2 to 256 entries, not 300"),
         (lambda: KMeansQuantizer((4, 64), init="kmens"), "Did you mean 'kmeans'"),
-        (lambda: KMeansQuantizer((4, 64), granularity="per_tensor", codebook="per_channel"), "finer than the scales"),
+        (
+            lambda: KMeansQuantizer((4, 64), granularity="per_tensor", codebook="per_channel"),
+            "not serve whole groups",
+        ),
         (lambda: TableQuantizer((4, 64), bits=9), "nf has 2 to 8 bits, not 9"),
         (lambda: TableQuantizer((4, 64), family="af", bits=3), "af has 4 bits, not 3"),
         (lambda: TableQuantizer((4, 64), family="nf5"), "Did you mean 'nf'"),
-        (lambda: MinMaxQuantizer((4, 64), bits=4, format="fp8_e4m3"), "fp8_e4m3 has 8 bits, not 4: change format"),
+        (
+            lambda: MinMaxQuantizer((4, 64), bits=4, format="fp8_e4m3"),
+            "not 4: set the bits beside it to 8",
+        ),
+        (lambda: MinMaxQuantizer((4, 64), format="uint4"), "set bits=4 symmetric=false"),
+        (lambda: MinMaxQuantizer((4, 64), format="codebook16"), "take nf4 or kmeans"),
+        (lambda: TableQuantizer((4, 64), rule="minmax"), "set rule to absmax, absmean, twn"),
+        (lambda: TableQuantizer((4, 64), rounding="random"), "no rounding 'random'"),
+        (lambda: KMeansQuantizer((7, 10), granularity="per_flat_group_64"), "would count as data here: take a size"),
+        (lambda: LSQQuantizer((7, 10), granularity="per_flat_group_64"), "would count as data here"),
+        (lambda: MinMaxQuantizer((8, 64), granularity="per_block_3x8"), "Sizes that do: 1, 2, 4, 8"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m2"), "Did you mean 'fp8_e"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m3", symmetric=False), "set symmetric=true"),
         (lambda: MinMaxQuantizer((4, 64), observer="mean"), "no observer 'mean'"),
@@ -366,3 +379,108 @@ def test_what_no_grid_holds_is_refused(bad):
         quantizer.initialized = True
         with pytest.raises(InputError, match="NaN or infinity"):
             quantizer.quantize(x)
+
+
+def test_a_format_brings_its_own_bits():
+    assert MinMaxQuantizer((4, 64), format="fp4_e2m1").format.bits == 4
+    assert MinMaxQuantizer((4, 64)).format.bits == 8
+
+
+@pytest.mark.parametrize("rule", ["absmean", "twn"])
+def test_means_are_not_taken_over_padding(rule):
+    quantizer = TableQuantizer((7, 10), "ternary", 2, "per_flat_group_64", rule)
+    with pytest.raises(InputError, match="would count as data here"):
+        quantizer(torch.randn(7, 10))
+    assert TableQuantizer((7, 10), granularity="per_flat_group_64")(torch.randn(7, 10)).shape == (7, 10)
+
+
+def grouped_inputs():
+    x = torch.randn(64, 256)
+    yield x
+    yield x.abs()
+    yield -x.abs() - 3
+    yield x + 1
+    yield torch.where(x > 2.5, 100 * x, x)
+    yield torch.zeros_like(x)
+    yield 1e-40 * x
+    yield x.bfloat16()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("granularity", ["per_group_8", "per_group_64", "per_tensor"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_weight_of_minmax_keeps_its_gradient(bits, granularity, symmetric):
+    for x in grouped_inputs():
+        quantizer = MinMaxQuantizer(x.shape, bits, granularity=granularity, symmetric=symmetric)
+        leaf = x.detach().clone().requires_grad_()
+        quantizer(leaf).sum().backward()
+        assert (leaf.grad == 1).all()
+        zero_point = quantizer.qparams(x).zero_point
+        if zero_point is not None:
+            assert torch.equal(zero_point, zero_point.round())
+            assert ((zero_point >= 0) & (zero_point < 2**bits)).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda shape: MinMaxQuantizer(shape, 4, granularity="per_group_8", symmetric=False, rounding="stochastic"),
+        lambda shape: MinMaxQuantizer(shape, 2, granularity="per_token", symmetric=False, rounding="stochastic"),
+        lambda shape: TableQuantizer(shape, rounding="stochastic"),
+        lambda shape: TableQuantizer(shape, "af", rounding="stochastic"),
+    ],
+    ids=["asymmetric groups", "asymmetric tokens", "nf4", "af4"],
+)
+def test_random_rounding_is_unbiased(make):
+    x = torch.randn(16, 64)
+    quantizer = make(x.shape)
+    draws = torch.stack([quantizer(x) for _ in range(2000)])
+    # A draw so rare that it may never happen adds a share of a step that no deviation tells of.
+    step = (draws.amax(0) - draws.amin(0)).max()
+    assert ((draws.mean(0) - x).abs() < 6 * draws.std(0) / 2000**0.5 + 0.006 * step).all()
+    assert (draws[0] - x).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9])
+def test_a_percentile_is_what_stays_unclipped(percentile):
+    batches = [torch.randn(512, 256) for _ in range(8)]
+    quantizer = MinMaxQuantizer(
+        (256,), 8, None, "per_tensor", dynamic=False, observer="percentile", percentile=percentile
+    )
+    observer = quantizer.make_observer()
+    for batch in batches:
+        observer.update(batch.view(1, -1))
+    quantizer.initialize_from(observer.summary())
+    limit = quantizer.scale.item() * 127
+    unclipped = 100 * (torch.stack(batches).abs() <= limit).float().mean().item()
+    assert abs(unclipped - percentile) < 0.3 * (100 - percentile)
+
+
+def test_observers_of_many_groups_are_bounded():
+    observer = MinMaxQuantizer((8,), observer="percentile", dynamic=False, granularity="per_tensor").make_observer()
+    observer.update(torch.randn(4096, 2000))
+    assert observer.summary().numel() <= 2**20
+
+
+def test_codebooks_may_serve_several_groups():
+    x = torch.randn(8, 256)
+    quantizer = initialized(KMeansQuantizer(x.shape, 3, granularity="per_group_32", codebook="per_group_128"), x)
+    assert quantizer.codebook.shape == (8, 2, 8)
+    assert torch.equal(quantizer(x), quantizer.quantize(x).dequantize())
+    own = initialized(KMeansQuantizer((8, 128), 3, granularity="per_group_32", codebook="per_channel"), x[:, 128:])
+    assert torch.equal(quantizer(x)[:, 128:], own(x[:, 128:]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MinMaxQuantizer((64,), 8, granularity="per_tensor"),
+        lambda: initialized(LSQQuantizer((64,), 8, "per_tensor"), torch.randn(64)),
+        lambda: TableQuantizer((64,), granularity="per_token"),
+    ],
+)
+def test_no_token_at_all_is_quantized_to_none(make):
+    x = torch.zeros(0, 64, requires_grad=True)
+    y = make()(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 64)

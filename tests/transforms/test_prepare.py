@@ -303,3 +303,18 @@ def test_gradient_checkpointing_changes_nothing():
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_calibration_refuses_what_no_scale_holds(bad):
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 8)), SCHEMES["static"])
+    x = torch.randn(4, 64)
+    x[2, 3] = bad
+    with pytest.raises(InputError, match=r"0\.input_quantizer saw NaN or infinity while calibrating"):
+        qat.calibrate(model, [x])
+
+
+def test_calibration_passes_over_batches_without_a_token():
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 8)), SCHEMES["static"])
+    qat.calibrate(model, [torch.randn(0, 64), torch.randn(4, 64)])
+    assert not uncalibrated(model)
