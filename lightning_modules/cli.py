@@ -16,10 +16,16 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat.atomic import replaced_file
 from qat.errors import InputError, nearest
 from qat.export.parity import GridContractError
 
 _HERE = Path(__file__).parent
+# Groups that are chosen for a place in the scheme.
+_PLACED = {
+    "quantizer": "quantizer@scheme.weight=kmeans (or @scheme.input, .output, .grad, .kv.key, .kv.value)",
+    "kv": "kv@scheme.kv=kivi",
+}
 Result = TypeVar("Result")
 
 
@@ -41,7 +47,14 @@ def _compose_and_run() -> None:
     # Hydra then raises what goes wrong while composing, instead of printing it, and `_explain` words the message.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = resumed_arguments(sys.argv[1:])
+    sys.argv[1:] = _flags_first(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(_task)()
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Hydra takes `-m` before the overrides only."""
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
 def _reporting(work: Callable[[], Result]) -> Result:
@@ -87,7 +100,26 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 
 def _task(cfg: DictConfig) -> float:
     # Reported in here already: an exception that leaves the task makes Hydra print a report of its own.
+    _reporting(lambda: _claim(cfg))
     return _reporting(lambda: _run(cfg))
+
+
+def _claim(cfg: DictConfig) -> None:
+    """Take the run's folder, and write there what Hydra would have: the options, so that the run can be resumed.
+
+    Hydra itself writes over what another run left, or is writing.
+    """
+    run = HydraConfig.get()
+    folder = Path(run.runtime.output_dir)
+    try:
+        (folder / ".hydra").mkdir(parents=True, exist_ok=cfg.resumed)
+    except FileExistsError:
+        raise InputError(
+            f"{folder} holds another run: go on with it by resume={folder}, or choose another hydra.run.dir."
+        ) from None
+    for name, content in (("overrides", run.overrides.task), ("hydra", {"hydra": run}), ("config", cfg)):
+        with replaced_file(folder / ".hydra" / f"{name}.yaml") as temporary:
+            OmegaConf.save(OmegaConf.create(content), temporary)
 
 
 def _run(cfg: DictConfig) -> float:
@@ -107,6 +139,7 @@ def _job(cfg: DictConfig) -> float:
     # Only now: Lightning sets its level as it is imported.
     for name in ("pytorch_lightning", "lightning_fabric", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _check_choices(cfg)
     OmegaConf.resolve(cfg)
     try:
         rows = Job(cfg).run()
@@ -114,6 +147,20 @@ def _job(cfg: DictConfig) -> float:
         print(f"\n{stopped}", flush=True)
         raise SystemExit(128 + stopped.signal_number) from None
     return float(list(rows.values())[-1]["perplexity"])
+
+
+def _check_choices(cfg: DictConfig) -> None:
+    """Refuse a method and a scheme that contradict each other."""
+    choices = HydraConfig.get().runtime.choices
+    if choices.method == "fp" and choices.scheme != "none":
+        raise InputError(
+            f"method=fp trains without quantization, scheme={choices.scheme} with it: leave out one of them."
+        )
+    if choices.method == "grad_quant" and cfg.scheme.grad._target_.endswith("NoQuantizer"):
+        raise InputError(
+            f"method=grad_quant quantizes gradients, and scheme={choices.scheme} has no quantizer for them: add "
+            "quantizer@scheme.grad=grad_token."
+        )
 
 
 def _program() -> str:
@@ -135,6 +182,8 @@ def _explain(error: BaseException) -> str | None:
         return _composition(error)
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if type(error).__module__.startswith("wandb"):
+        return f"Weights & Biases: {error} Log in with `wandb login`, or set logger.offline=true."
     if isinstance(error, InputError | GridContractError | HydraException | OmegaConfBaseException):
         return str(error)
     return None
@@ -164,6 +213,9 @@ def _composition(error: ConfigCompositionException) -> str:
         full = getattr(cause, "full_key", key)
         return f"There is no option '{full}'.{nearest(str(key), [str(k) for k in parent])}"
     word = text.partition("'")[2].partition("'")[0]
+    for group, place in _PLACED.items():
+        if word.partition("@")[0] == group:
+            return f"The group '{group}' has a place: write {place}."
     groups = [folder.name for folder in config_dir().iterdir() if folder.is_dir()]
     return f"{text}{nearest(word, groups)}" if word else text
 
@@ -179,5 +231,6 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -42,18 +42,31 @@ def load_hf(
 
     if dtype not in DTYPES:
         raise InputError(f"model.dtype is '{dtype}'.{nearest(dtype, DTYPES)}")
+    if (Path(name) / "quant_config.json").is_file():
+        raise InputError(
+            f"'{name}' is an artifact, quantized already: load it with qat.load('{name}'), or give model.name the "
+            "model that it was made from."
+        )
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise InputError(f"model.name is '{name}', and there is no such folder.")
     options = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation=attention, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        mend = "Give model.name a causal LM on the hub, or a folder that save_pretrained wrote, tokenizer included."
+        if "attention" in first_line.lower() or "attn" in first_line.lower():
+            mend = "Set model.attention=sdpa, or null for the model's own choice."
+        raise InputError(f"Cannot load the model '{name}': {first_line} {mend}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
         raise InputError(
-            f"Cannot load the model '{name}': {first_line} Give model.name a causal LM on the hub (online), or a "
-            "folder that save_pretrained wrote, tokenizer included."
-        ) from error
+            f"'{name}' lacks {len(missing)} of the model's tensors ({missing[0]} ...), which would be random: it does "
+            "not hold the weights of this architecture."
+        )
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = model.config.architectures or []
     if architectures and not trust_remote_code and not known & set(architectures):

@@ -1,5 +1,7 @@
 """The whole job: build, prepare, fit, test, export; the same for every method, which only chooses the parts."""
 
+import copy
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from qat import convert, load, prepare
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
-from qat.transforms import is_quantized, quantizes_weights, uncalibrated
+from qat.nn.kv_quantizer import kv_layers
+from qat.transforms import Scheme, is_quantized, quantizes_weights, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
@@ -82,6 +85,7 @@ class Job:
     def _run(self) -> dict[str, dict[str, Any]]:
         sizes = [(p.numel(), p.element_size()) for p in self.model.parameters()]
         self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
+        self._try_scheme()
         self._measure(FULL, sum(count * width for count, width in sizes))
         self._prepare()
         quantized = is_quantized(self.model)
@@ -113,8 +117,33 @@ class Job:
             raise InputError("Nothing was evaluated: set trainer.limit_val_batches to 1.0 or a number of batches.")
         perplexity = float(self.trainer.callback_metrics["val/perplexity"])
         mib = None if size is None else size / _MIB
+        if not math.isfinite(perplexity) and row in (TRAINED, TUNED):
+            raise InputError(
+                f"The perplexity is {perplexity} after training, which therefore diverged: nothing was exported. Lower "
+                "optimizer.lr, or train longer with fewer bits."
+            )
         self.report.add(row, step=step, perplexity=perplexity, bits_per_weight=bits, mib=mib)
         self._say(f"{row}: perplexity {perplexity:.2f}")
+
+    def _try_scheme(self) -> None:
+        """Prepare a model without memory, so that a scheme that does not fit is refused before anything is computed."""
+        scheme = instantiate(self.cfg.scheme)
+        if not isinstance(scheme, Scheme):
+            raise InputError(
+                f"scheme is '{scheme}': choose one by scheme=w4, a quantizer by quantizer@scheme.weight=lsq."
+            )
+        try:
+            with torch.device("meta"):
+                shadow = type(self.model)(copy.deepcopy(self.model.config))
+        except Exception:  # an architecture that cannot be built twice is found out later
+            return
+        prepare(shadow, scheme, initialize=False)
+        longest = max((kv.window + kv.key_schedule.group for _, _, kv in kv_layers(shadow)), default=0)
+        if longest > self.cfg.data.sequence_length:
+            raise InputError(
+                f"No token would leave the window of the KV cache: it and a group are {longest} tokens, "
+                f"data.sequence_length is {self.cfg.data.sequence_length}. Raise that, or lower scheme.kv.window."
+            )
 
     def _prepare(self) -> None:
         # A checkpoint will bring the quantizers' state, unless the rounding row is still to be measured.
@@ -185,10 +214,18 @@ def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
 def _check(cfg: DictConfig) -> None:
     """Refuse numbers that torch and Lightning would fail on without naming the option."""
     least = {"seed": 0, "threads": 1, "calibration_batches": 1, "trainer.accumulate_grad_batches": 1}
+    least |= {"trainer.max_steps": -1, "data.sequence_length": 1}
     for key, lowest in least.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and (not isinstance(value, int) or value < lowest):
             raise InputError(f"{key} is {value}; it is a whole number from {lowest} on.")
+    if cfg.fit and cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs is None and "max_time" not in cfg.trainer:
+        raise InputError("How long to train is unknown: set trainer.max_steps, or trainer.max_epochs beside -1.")
+    if cfg.fit and cfg.trainer.max_steps == 0:
+        raise InputError("trainer.max_steps is 0: to quantize without training, take method=ptq.")
+    rate = OmegaConf.select(cfg, "optimizer.lr")
+    if rate is not None and not (isinstance(rate, int | float) and rate > 0):
+        raise InputError(f"optimizer.lr is {rate}; it is a positive number, such as 1e-4.")
 
 
 def _check_fit(loaded: LoadedModel, sequence_length: int) -> None:

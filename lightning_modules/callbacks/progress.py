@@ -42,7 +42,11 @@ class ProgressBar(LightningProgressBar):
         self.console.quiet = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin("training", int(trainer.estimated_stepping_batches), trainer.global_step)
+        total = int(trainer.estimated_stepping_batches)
+        if trainer.global_step:
+            left = f"at step {trainer.global_step} of {total}" if trainer.global_step < total else "no step is left"
+            self.console.print(f"going on from a checkpoint: {left}", highlight=False)
+        self._begin("training", total, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

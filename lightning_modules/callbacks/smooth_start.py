@@ -39,6 +39,11 @@ class SmoothStart(Callback):
                 f"{steps}: nothing would train on what ships. Shorten it, or raise trainer.max_steps."
             )
         self._quantizers = activation_quantizers(pl_module) if self.delay_steps or self.ramp_steps else []
+        if (self.delay_steps or self.ramp_steps) and not self._quantizers:
+            raise InputError(
+                "callbacks.smooth_start is for activations, keys and values, and the scheme quantizes none: choose "
+                "scheme=w4a8, or leave its steps 0."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for quantizer in self._quantizers:

@@ -5,6 +5,7 @@ It loads without Hydra and without any Quantizer, and computes the same logits a
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             "kv": kv,
         }
         (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        shutil.copymode(temporary / _CONFIG, temporary / _WEIGHTS)  # safetensors writes for the owner only
     return Path(folder)
 
 

@@ -135,7 +135,7 @@ def fixed_codebook(family: str, bits: int) -> Tensor:
     sizes, values = _FAMILIES[family]
     if bits not in sizes:
         spelled = " or ".join(map(str, sizes)) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
-        raise InputError(f"The grid {family} has {spelled} bits, not {bits}; for {bits} bits use kmeans, lsq or nf.")
+        raise InputError(f"The grid {family} has {spelled} bits, not {bits}; for {bits} bits use kmeans, lsq or nf4.")
     return table(values(bits))
 
 

@@ -16,7 +16,7 @@ from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.build import check_role, check_storable, in_context
 from qat.transforms.rules import KVCache, QuantizerFactory
 
-_UNSUPPORTED = "Leave keys and values in full precision (NoQuantizer), or take a model with full causal attention."
+_UNSUPPORTED = "Leave its cache in full precision (kv@scheme.kv=none), or take a model with full causal attention."
 
 
 def quantize_kv(

@@ -31,6 +31,8 @@ class KVCache:
     def __post_init__(self) -> None:
         if not isinstance(self.window, int) or self.window < 0:
             raise InputError(f"scheme.kv.window is {self.window}; it is a number of tokens: set it to 0, 32, 128 ...")
+        if self.window and not self.quantizes:
+            raise InputError(f"scheme.kv.window is {self.window}, but no cache is quantized: choose kv@scheme.kv=kivi.")
 
     @property
     def quantizes(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_modules import cli
 
@@ -126,6 +128,8 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
     ],
 )
 def test_methods_schemes_and_precisions(shell, arguments):
+    if "method=fp" in arguments:
+        shell.options = [option for option in shell.options if not option.startswith("scheme")]
     shell.run("debug=fast", *arguments)
 
 
@@ -235,14 +239,39 @@ def test_a_finished_run_goes_on_and_is_measured_again(shell, text_file):
     shell.run(*steady, "trainer.max_steps=8", "hydra.run.dir=whole")
     shell.run(*steady, "trainer.max_steps=4", "hydra.run.dir=run")
     before = shell.rows("run")
-    shell.run("resume=run", "trainer.max_steps=8", defaults=False)
+    output = shell.run("resume=run", "trainer.max_steps=8", defaults=False)
     whole, extended = weights(shell.folder / "whole"), weights(shell.folder / "run")
     assert all(torch.equal(whole[name], extended[name]) for name in whole)
     after = shell.rows("run")
     assert after["rounded to nearest"] == before["rounded to nearest"]
     assert after["converted, saved, loaded"]["step"] == 8
-    shell.run("debug=fast", "scheme.weight.bits=2", "hydra.run.dir=run")
-    assert shell.rows("run")["rounded to nearest"]["bits_per_weight"] == 2.5
+    assert "going on from a checkpoint: at step 4 of 8" in output
+
+
+def test_the_folder_of_a_run_is_its_own(shell):
+    shell.run("debug=fast", "hydra.run.dir=run")
+    before = (shell.folder / "run" / ".hydra" / "overrides.yaml").read_text()
+    error = shell.fails("debug=fast", "scheme.weight.bits=2", "hydra.run.dir=run")
+    assert f"holds another run: go on with it by resume={shell.folder / 'run'}" in error
+    assert (shell.folder / "run" / ".hydra" / "overrides.yaml").read_text() == before
+    assert "is an artifact, quantized already: load it with qat.load" in shell.fails(
+        f"model.name={shell.folder}/run/native"
+    )
+    weights = shell.folder / "run" / "native" / "model.safetensors"
+    assert weights.stat().st_mode == (weights.parent / "config.json").stat().st_mode
+
+
+def test_a_model_without_its_weights_is_refused(shell, tiny_folder):
+    copy = shutil.copytree(tiny_folder, shell.folder / "half")
+    tensors = load_file(copy / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "down_proj" not in k}, copy / "model.safetensors", {"format": "pt"})
+    assert "which would be random" in shell.fails(f"model.name={copy}")
+
+
+def test_a_run_that_diverged_ships_nothing(shell):
+    error = shell.fails("trainer.max_steps=30", "optimizer.lr=100", "hydra.run.dir=run")
+    assert "optimizer.lr" in error
+    assert not (shell.folder / "run" / "native").exists()
 
 
 MISTAKES = [
@@ -258,8 +287,24 @@ MISTAKES = [
     (["data.path=empty.txt"], "is empty"),
     (["data.path=missing.txt"], "no text at"),
     (["data.batch_size=0"], "data.batch_size is 0"),
-    (["optimizer.lr=-1"], "refused an option: Invalid learning rate"),
-    (["optimizer.lr=abc"], "refused an option"),
+    (["optimizer.lr=-1"], "optimizer.lr is -1; it is a positive number"),
+    (["optimizer.lr=abc"], "optimizer.lr is abc; it is a positive number"),
+    (["trainer.max_steps=abc"], "trainer.max_steps is abc; it is a whole number"),
+    (["trainer.max_steps=0"], "take method=ptq"),
+    (["trainer.max_steps=-1"], "How long to train is unknown"),
+    (["quantizer=kmeans"], "write quantizer@scheme.weight=kmeans"),
+    (["kv=kivi"], "write kv@scheme.kv=kivi"),
+    (["quantizer@scheme.weights=kmeans"], "write quantizer@scheme.weight=kmeans"),
+    (["scheme.weight=kmeans"], "a quantizer by quantizer@scheme.weight=lsq"),
+    (["method=fp"], "scheme=w3 with it: leave out one of them"),
+    (["method=grad_quant"], "add quantizer@scheme.grad=grad_token"),
+    (["callbacks.smooth_start.ramp_steps=1"], "is for activations, keys and values, and the scheme quantizes none"),
+    (["callbacks.refresh.every_n_steps=1"], "is for k-means codebooks"),
+    (["transforms=fisher"], "choose quantizer@scheme.weight=kmeans"),
+    (["kv@scheme.kv=kivi", "data.sequence_length=32"], "No token would leave the window"),
+    (["scheme.kv.window=4"], "no cache is quantized: choose kv@scheme.kv=kivi"),
+    (["model.attention=flash_attention_2"], "Set model.attention=sdpa"),
+    (["model.name=/no/folder"], "there is no such folder"),
     (["data.batch_size=abc"], "The options of 'data' were refused: TypeError"),
     (["data.val_windows=0"], "data.val_windows is 0"),
     (["data.sequence_length=65"], "set data.sequence_length to at most 64"),
