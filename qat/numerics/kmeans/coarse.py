@@ -1,4 +1,4 @@
-"""Where Lloyd's algorithm starts: the global optimum of a coarse picture of each row.
+"""Few clusters: the global optimum of a coarse picture of each row, where Lloyd's algorithm starts.
 
 Lloyd's algorithm from a start that only knows mean and deviation ends 1 to 4 % above the least squared error for normal
 rows, 10 to 50 % for heavy-tailed ones (2048 values, 8 to 16 clusters), and several times above it for groups of 64.
@@ -11,27 +11,41 @@ from torch import Tensor
 from qat.numerics.kmeans.moments import Moments, with_ends
 from qat.scratch import scratch
 
-_LEAST_BINS, _MOST_BINS, _BINS_A_CLUSTER = 64, 128, 8
+_LEAST_BINS, _BINS_A_CLUSTER = 64, 8
 # More clusters than this, and a row would need more bins than the quadratic search can afford.
-MOST_CLUSTERS = 32
+MOST_CLUSTERS = 16
 # In place of no mass at all, as a divisor of zero.
 _NOTHING = 1e-300
 
 
 def bins_for(clusters: int) -> int:
     """Number of bins in which a row is searched; rows of up to as many values are searched exactly."""
-    return min(max(_LEAST_BINS, _BINS_A_CLUSTER * clusters), _MOST_BINS)
+    return max(_LEAST_BINS, _BINS_A_CLUSTER * clusters)
 
 
-def start(data: Moments, clusters: int) -> Tensor:
-    """Centroids `[rows, clusters]` to start from, ascending."""
-    edges = bin_edges(data, bins_for(clusters))
-    if clusters > MOST_CLUSTERS:
-        return _companded(data, bin_edges(data, _BINS_A_CLUSTER * clusters), clusters)
-    return data.means(_optimum(data, edges, clusters))
+def optimum(data: Moments, clusters: int) -> Tensor:
+    """Edges `[rows, clusters + 1]` of the intervals with the least squared error: dynamic programming on the bins.
+
+    least[k][j] = min over i of least[k - 1][i] + cost(i, j), where cost is the squared error of one cluster of the
+    bins i ... j - 1. Only the totals are kept; the way back is found again for the one column that it passes.
+    """
+    edges = _bin_edges(data, bins_for(clusters))
+    cost = _costs(data, edges)
+    sums = scratch("sums", cost.shape, cost.dtype, cost.device)
+    least = [cost[:, 0].clone()]
+    for _ in range(clusters - 1):
+        least.append(torch.add(cost, least[-1][:, :, None], out=sums).amin(1))
+    at = torch.full((len(edges), 1), edges.shape[1] - 1, device=edges.device)
+    path = []
+    for before in reversed(least[:-1]):
+        column = cost.gather(2, at[:, None].expand(-1, cost.shape[1], 1)).squeeze(2)
+        at = (before + column).argmin(1, keepdim=True)
+        path.append(at)
+    chosen = torch.cat(path[::-1], dim=1) if path else at[:, :0]
+    return edges.gather(1, with_ends(chosen, edges.shape[1] - 1))
 
 
-def bin_edges(data: Moments, bins: int) -> Tensor:
+def _bin_edges(data: Moments, bins: int) -> Tensor:
     """Cut each row into `bins` intervals, edges `[rows, bins + 1]`: half of them by equal mass, half by equal width.
 
     Mass alone would put a whole tail into one bin, width alone the bulk of a row with outliers.
@@ -46,27 +60,6 @@ def bin_edges(data: Moments, bins: int) -> Tensor:
     steps = torch.arange(by_width + 1, device=low.device) / by_width
     widths = torch.searchsorted(data.values, torch.lerp(low, high, steps))
     return with_ends(torch.cat([heaps, widths], dim=1).sort(dim=1).values, n)
-
-
-def _optimum(data: Moments, edges: Tensor, clusters: int) -> Tensor:
-    """Edges `[rows, clusters + 1]` among `edges` with the least squared error: dynamic programming on the bins.
-
-    least[k][j] = min over i of least[k - 1][i] + cost(i, j), where cost is the squared error of one cluster of the
-    bins i ... j - 1. Only the totals are kept; the way back is found again for the one column that it passes.
-    """
-    cost = _costs(data, edges)
-    sums = scratch("sums", cost.shape, cost.dtype, cost.device)
-    least = [cost[:, 0].clone()]
-    for _ in range(clusters - 1):
-        least.append(torch.add(cost, least[-1][:, :, None], out=sums).amin(1))
-    at = torch.full((len(edges), 1), edges.shape[1] - 1, device=edges.device)
-    path = []
-    for before in reversed(least[:-1]):
-        column = cost.gather(2, at[:, None].expand(-1, cost.shape[1], 1)).squeeze(2)
-        at = (before + column).argmin(1, keepdim=True)
-        path.append(at)
-    chosen = torch.cat(path[::-1], dim=1) if path else at[:, :0]
-    return edges.gather(1, with_ends(chosen, edges.shape[1] - 1))
 
 
 def _costs(data: Moments, edges: Tensor) -> Tensor:
@@ -99,19 +92,3 @@ def _pairs(name: str, running: Tensor) -> Tensor:
 def _squared_over(total: Tensor, mass: Tensor) -> Tensor:
     """total^2 / mass, zero where there is no mass."""
     return total.square() / mass.clamp(min=_NOTHING)
-
-
-def _companded(data: Moments, edges: Tensor, clusters: int) -> Tensor:
-    """Levels with the best density for many of them: the cube root of the data's (Panter and Dite 1951).
-
-    A bin of mass m and width w takes a share m^(1/3) w^(2/3) of the levels.
-    """
-    at = data.values.gather(1, edges.clamp(max=data.values.shape[1] - 1)).to(torch.float64)
-    heap = data.mass.gather(1, edges).diff(dim=1)
-    shares = heap.pow(1 / 3) * at.diff(dim=1).pow(2 / 3)
-    filled = torch.nn.functional.pad(shares.cumsum(1), (1, 0))
-    levels = (torch.arange(clusters, dtype=torch.float64, device=at.device) + 0.5) / clusters * filled[:, -1:]
-    above = torch.searchsorted(filled, levels).clamp(1, filled.shape[1] - 1)
-    low, high = filled.gather(1, above - 1), filled.gather(1, above)
-    part = (levels - low) / torch.where(high > low, high - low, 1)
-    return torch.lerp(at.gather(1, above - 1), at.gather(1, above), part).to(torch.float32)

@@ -34,6 +34,19 @@ class Moments(NamedTuple):
         means = (moment / torch.where(mass > 0, mass, 1)).to(torch.float32)
         return torch.where(mass > 0, means, there).cummax(1).values
 
+    def mean_between(self, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean in float32, 0 without mass, and mass of any intervals [begin, end), `[rows, intervals]` each."""
+        mass, moment = (field.gather(1, end) - field.gather(1, begin) for field in (self.mass, self.moment))
+        return (moment / torch.where(mass > 0, mass, 1)).to(torch.float32), mass
+
+    def squared_errors(self, edges: Tensor) -> Tensor:
+        """Sum of weight * (value - mean)^2 in each of consecutive intervals, `[rows, intervals]` float64."""
+        centre = self.moment[:, -1:] / self.mass[:, -1:]
+        squares = _running_sum(self.mass.diff(dim=1) * (self.values - centre).square())
+        mass, moment = self.between(edges)
+        moment = moment - mass * centre
+        return squares.gather(1, edges).diff(dim=1) - moment.square() / torch.where(mass > 0, mass, 1)
+
     def nearest_edges(self, centroids: Tensor) -> Tensor:
         """Edges `[rows, k + 1]` of the cells whose members are nearest to each of `centroids` `[rows, k]`."""
         inner = torch.searchsorted(self.values, (centroids[:, 1:] + centroids[:, :-1]) / 2)
