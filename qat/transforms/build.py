@@ -127,6 +127,8 @@ def _gradient(factory: QuantizerFactory, features: int, name: str) -> nn.Module:
 
 def _make(factory: Callable[..., nn.Module], shape: tuple[int, ...], name: str, role: str) -> nn.Module:
     def make() -> nn.Module:
+        if not callable(factory):
+            raise InputError(f"{factory!r} is no quantizer: choose one by quantizer@scheme.{role}={factory}.")
         quantizer = factory(shape=shape)
         check_role(quantizer, role)
         return quantizer

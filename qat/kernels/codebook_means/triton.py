@@ -223,7 +223,7 @@ def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor |
         n,
         PIECE=triton.cdiv(n, splits),
         GROUP=x.shape[1],
-        BLOCK=max(32, _TILE // width),
+        BLOCK=max(32, min(_TILE // width, triton.next_power_of_2(n))),
         num_warps=max(4, width // 16),
         ONE_SCALE=len(scale) == rows,
         WEIGHTED=importance is not None,
