@@ -22,17 +22,26 @@ def absmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     Symmetric min-max quantization as in LLM-QAT (arXiv 2305.17888); with a codebook format, block-wise absmax as in
     QLoRA (arXiv 2305.14314).
     """
-    return ViewParams(round_up_to_storage(_absmax(view) / format.range()[1], scale_dtype))
+    largest = _absmax(view)
+    return ViewParams(_covering_scale(largest, torch.full_like(largest, format.range()[1]), scale_dtype))
 
 
 @torch.no_grad()
 def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> ViewParams:
-    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid."""
+    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid.
+
+    The zero point comes first, then the least scale by which both extremes lie on the grid: scale =
+    max(largest / (high - zero_point), -smallest / (zero_point - low)). Were the scale (largest - smallest) / (high -
+    low), rounding the zero point would move one end of the data beyond the grid, where nothing has a gradient and
+    stochastic rounding is biased.
+    """
     low, high = format.range()
     smallest, largest = _extremes(view)
     smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
-    scale = round_up_to_storage((largest - smallest) / (high - low), scale_dtype)
-    return ViewParams(scale, (low - smallest / scale).round().clamp_(low, high))
+    zero_point = _zero_point(smallest, largest, low, high)
+    above = _covering_scale(largest, high - zero_point, scale_dtype)
+    below = _covering_scale(-smallest, zero_point - low, scale_dtype)
+    return ViewParams(torch.maximum(above, below), zero_point)
 
 
 @torch.no_grad()
@@ -80,18 +89,17 @@ DYNAMIC_RULES: dict[str, Rule] = {
 }
 
 
-def check_rule(name: str) -> str:
-    """`name`, if a rule is called that."""
-    if name not in DYNAMIC_RULES:
-        raise InputError(f"There is no rule '{name}' for dynamic qparams.{nearest(name, DYNAMIC_RULES)}")
-    return name
-
-
 def dynamic_qparams(
     x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
 ) -> QParams:
-    """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`."""
-    found = DYNAMIC_RULES[check_rule(rule)](granularity.view(x.detach()), format, scale_dtype)
+    """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`.
+
+    Raises:
+        InputError: if no rule is called that.
+    """
+    if rule not in DYNAMIC_RULES:
+        raise InputError(f"There is no rule '{rule}' for dynamic qparams.{nearest(rule, DYNAMIC_RULES)}")
+    found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
     shape = granularity.param_shape(x.shape)
     zero_point = None if found.zero_point is None else found.zero_point.reshape(shape)
     return QParams(found.scale.reshape(shape), zero_point)
@@ -107,6 +115,30 @@ def _extremes(view: Tensor) -> tuple[Tensor, Tensor]:
 def _absmax(view: Tensor) -> Tensor:
     smallest, largest = _extremes(view)
     return torch.maximum(largest, -smallest)
+
+
+def _zero_point(smallest: Tensor, largest: Tensor, low: float, high: float) -> Tensor:
+    """The integer in [low, high] with which the scale is least; each side of zero that has values has a step at least.
+
+    Args:
+        smallest: of each group, not positive.
+        largest: of each group, not negative.
+    """
+    spread = (largest - smallest).clamp(min=torch.finfo(torch.float32).tiny)
+    below = (low - smallest / spread * (high - low)).floor()
+    # What the negative side needs with `below` against what the positive side needs with below + 1.
+    fits = -smallest * (high - below - 1) <= largest * (below - low)
+    return torch.where(fits, below, below + 1).clamp(low + (smallest < 0).float(), high - (largest > 0).float())
+
+
+def _covering_scale(extreme: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least scale that `dtype` stores by which `extreme` is at most `steps`, also when float32 divides.
+
+    There extreme / (extreme / steps) may be a little more than `steps`, and so lie beyond the grid.
+    """
+    scale = extreme / steps.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(extreme / scale > steps, scale * (1 + torch.finfo(torch.float32).eps), scale)
+    return round_up_to_storage(scale, dtype)
 
 
 def _mean(view: Tensor) -> Tensor:

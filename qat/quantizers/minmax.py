@@ -7,12 +7,13 @@ from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.dynamic import DYNAMIC_RULES, dynamic_qparams
-from qat.numerics.formats import Format, IntFormat, parse_format
+from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, parse_format
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import least_squares_scale
 from qat.quantizers.base import Quantizer, check_bits
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
+from qat.quantizers.rounding import is_stochastic
 
 _OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMaxObserver,
@@ -20,19 +21,19 @@ _OBSERVERS: dict[str, type[Observer]] = {
     "percentile": SampleObserver,
     "mse": SampleObserver,
 }
-_ROUNDINGS = ("nearest", "stochastic")
 
 
 class MinMaxQuantizer(Quantizer):
     """Integers or small floats scaled to the extremes of each group (LLM-QAT, arXiv 2305.17888).
 
-    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: scale = (max - min) / (2^bits - 1), with
-    an integer zero point. Gradients pass straight through to x; the extremes are taken as constants.
+    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: an integer zero point that splits the
+    steps between both sides of zero as they need them, and the least scale with which no x lies beyond the grid.
+    Gradients pass straight through to x; the extremes are taken as constants.
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
-        bits: 2 to 8 for integers; with `format` given it must be the format's own, or None.
-        format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1 or any other name of a format; None takes integers.
+        bits: 2 to 8 for integers, None is 8; with `format` given None, or the format's own.
+        format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, or levels2 ... levels256; None takes integers.
         symmetric: whether zero sits in the middle of the grid.
         dynamic: find the extremes in every x anew; otherwise calibrate once and keep them.
         observer: how a static quantizer condenses the batches it is calibrated on: `minmax` takes the extremes of all,
@@ -48,7 +49,7 @@ class MinMaxQuantizer(Quantizer):
     def __init__(
         self,
         shape: Sequence[int],
-        bits: int | None = 8,
+        bits: int | None = None,
         format: str | None = None,
         granularity: str | Granularity = "per_channel",
         symmetric: bool = True,
@@ -61,11 +62,9 @@ class MinMaxQuantizer(Quantizer):
         super().__init__(shape, _grid(format, bits, symmetric), granularity, scale_dtype)
         if observer not in _OBSERVERS:
             raise InputError(f"There is no observer '{observer}'.{nearest(observer, _OBSERVERS)}")
-        if rounding not in _ROUNDINGS:
-            raise InputError(f"There is no rounding '{rounding}'.{nearest(rounding, _ROUNDINGS)}")
         if not 50 < percentile <= 100:
             raise InputError(f"percentile is {percentile}; it lies above 50 and up to 100: set it to 99.9.")
-        self.stochastic = rounding == "stochastic"
+        self.stochastic = is_stochastic(rounding)
         self.observer_kind, self.percentile = observer, percentile
         self._rule = "absmax" if symmetric else "minmax"
         self.rule = self._rule if dynamic else None
@@ -113,6 +112,13 @@ def _grid(format: str | None, bits: int | None, symmetric: bool) -> Format:
     if format is None:
         return IntFormat(8 if bits is None else bits, signed=symmetric)
     grid = parse_format(format)
+    if isinstance(grid, IntFormat) and not grid.signed:
+        raise InputError(f"{format} goes with a zero point: set symmetric=false and bits={grid.bits}, without format.")
+    if not isinstance(grid, IntFormat | FloatFormat | LevelFormat):
+        raise InputError(
+            f"Min-max scales come without the codebook of {format}: take KMeansQuantizer or TableQuantizer, or set "
+            "format to fp4_e2m1, fp8_e4m3 or levels3."
+        )
     if not symmetric:
         raise InputError(f"{format} is symmetric around zero: set symmetric=true, or leave out format for integers.")
     return check_bits(grid, bits)

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qat.errors import InputError, nearest
 from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
-from qat.numerics.dynamic import check_rule, dynamic_qparams
+from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.functional import quantize
 from qat.numerics.granularity import Granularity, PerFlatGroup
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers.base import Quantizer
+from qat.quantizers.rounding import is_stochastic
 
+_RULES = ("absmax", "absmean", "twn")
 _DOUBLE_GROUP = 256
 
 
@@ -37,6 +40,8 @@ class TableQuantizer(Quantizer):
         granularity: blocks; `per_flat_group_64` is bitsandbytes' layout for sizes that 64 does not divide.
         rule: how the scale follows from x: `absmax`, or for binary and ternary `absmean` or `twn`.
         double_quant: store the scales in 8 bits as well, minus their mean, in blocks of 256 with their own scale.
+        rounding: `nearest`, or `stochastic`, whose expectation is x itself within the codebook: for gradients. Scales
+            by absmax leave nothing beyond it.
     """
 
     codebook: Tensor
@@ -50,12 +55,16 @@ class TableQuantizer(Quantizer):
         granularity: str | Granularity = "per_group_64",
         rule: str = "absmax",
         double_quant: bool = False,
+        rounding: str = "nearest",
         scale_dtype: str = "float32",
     ) -> None:
         values = fixed_codebook(family, bits)
         super().__init__(shape, CodebookFormat(len(values)), granularity, scale_dtype)
-        self.rule = check_rule(rule)
+        if rule not in _RULES:
+            raise InputError(f"A table is not scaled by a rule '{rule}'.{nearest(rule, _RULES)}")
+        self.rule = rule
         self.double_quant = double_quant
+        self.stochastic = is_stochastic(rounding)
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
 
     def qparams(self, x: Tensor) -> QParams:
