@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.formats import FloatFormat, Format
-from qat.numerics.granularity import Granularity
+from qat.numerics.granularity import Granularity, refuse_padding
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.ste import round_up_to_storage, smallest_scale
 
@@ -87,6 +87,7 @@ DYNAMIC_RULES: dict[str, Rule] = {
     "absmean": absmean_params,
     "twn": twn_params,
 }
+RULES_OF_MEANS = ("absmean", "twn")
 
 
 def dynamic_qparams(
@@ -95,10 +96,12 @@ def dynamic_qparams(
     """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`.
 
     Raises:
-        InputError: if no rule is called that.
+        InputError: if no rule is called that, or it takes means and `granularity` pads `x` with zeros.
     """
     if rule not in DYNAMIC_RULES:
         raise InputError(f"There is no rule '{rule}' for dynamic qparams.{nearest(rule, DYNAMIC_RULES)}")
+    if rule in RULES_OF_MEANS:
+        refuse_padding(granularity, x.shape)
     found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
     shape = granularity.param_shape(x.shape)
     zero_point = None if found.zero_point is None else found.zero_point.reshape(shape)

@@ -17,6 +17,9 @@ from qat.errors import InputError, nearest
 
 Shape = Sequence[int]
 
+# How many sizes to offer at least.
+_ENOUGH = 3
+
 
 class Granularity(ABC):
     """A partition of a tensor into groups; immutable, and spelled by `str()`, which `parse_granularity` reads back."""
@@ -168,7 +171,8 @@ class PerBlock(Granularity):
 class PerFlatGroup(Granularity):
     """`group_size` consecutive elements of the flattened tensor share a scale; the last group may be short.
 
-    The block-wise layout of bitsandbytes. The view pads the short group with zeros, which move no absolute maximum.
+    The block-wise layout of bitsandbytes. The view pads the short group with zeros, which move neither an absolute
+    maximum nor an error where zero is on the grid; a mean they do.
     """
 
     group_size: int
@@ -218,7 +222,23 @@ def parse_granularity(name: "str | Granularity") -> Granularity:
     raise InputError(f"There is no granularity '{name}'.{nearest(str(name), examples)}")
 
 
+def refuse_padding(granularity: Granularity, shape: Shape) -> None:
+    """For rules that would count padding as data: refuse a tensor of `shape` in whose view a group is padded.
+
+    Raises:
+        InputError: if there is such a group.
+    """
+    if isinstance(granularity, PerFlatGroup):
+        _check_divides(granularity.group_size, math.prod(shape), "flat group size")
+
+
 def _check_divides(size: int, length: int, what: str) -> None:
     if length % size:
-        working = [str(n) for n in range(1, length + 1) if length % n == 0 and 8 <= n <= 512] or [str(length)]
-        raise InputError(f"The {what} {size} does not divide {length}. Sizes that do: {', '.join(working)}.")
+        working = _usual([n for n in range(1, length + 1) if length % n == 0])
+        raise InputError(f"The {what} {size} does not divide {length}. Sizes that do: {', '.join(map(str, working))}.")
+
+
+def _usual(sizes: list[int]) -> list[int]:
+    """Those of `sizes` that one would choose, or all where they are next to none."""
+    usual = [size for size in sizes if 8 <= size <= 512]
+    return usual if len(usual) >= _ENOUGH else sizes

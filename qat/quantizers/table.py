@@ -7,15 +7,15 @@ from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
-from qat.numerics.dynamic import dynamic_qparams
+from qat.numerics.dynamic import RULES_OF_MEANS, dynamic_qparams
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.functional import quantize
-from qat.numerics.granularity import Granularity, PerFlatGroup
+from qat.numerics.granularity import Granularity, PerFlatGroup, refuse_padding
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers.base import Quantizer
 from qat.quantizers.rounding import is_stochastic
 
-_RULES = ("absmax", "absmean", "twn")
+_RULES = ("absmax", *RULES_OF_MEANS)
 _DOUBLE_GROUP = 256
 
 
@@ -62,6 +62,8 @@ class TableQuantizer(Quantizer):
         super().__init__(shape, CodebookFormat(len(values)), granularity, scale_dtype)
         if rule not in _RULES:
             raise InputError(f"A table is not scaled by a rule '{rule}'.{nearest(rule, _RULES)}")
+        if rule in RULES_OF_MEANS:
+            refuse_padding(self.granularity, self.shape)
         self.rule = rule
         self.double_quant = double_quant
         self.stochastic = is_stochastic(rounding)

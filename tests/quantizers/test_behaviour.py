@@ -1,5 +1,7 @@
 """One behaviour per quantizer: what it is for."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -144,6 +146,9 @@ def test_centroids_that_cross_keep_an_ascending_grid():
         (lambda: VectorQuantizer((4, 63), bits=2), "do not divide 63"),
         (lambda: VectorQuantizer((4, 64), bits=2, granularity="per_block_2x2"), "Vector codebooks take"),
         (lambda: MinMaxQuantizer((4, 64), bits=1), "2 to 8 bits"),
+        (lambda: TableQuantizer((7, 10), "binary", 1, "per_flat_group_64", "absmean"), "64 does not divide 70"),
+        (lambda: TableQuantizer((7, 10), "ternary", 2, "per_flat_group_64", "twn"), "64 does not divide 70"),
+        (lambda: LSQQuantizer((7, 10), 2, "per_flat_group_64", grid="stretched"), "64 does not divide 70"),
         (lambda: LSQQuantizer((4, 60), granularity="per_group_64"), "does not divide 60"),
         (lambda: LSQQuantizer((4, 64), scale_dtype="float8"), "scale_dtype"),
     ],
@@ -218,6 +223,25 @@ def test_flat_groups_of_any_size_train(rows):
     assert torch.equal(y, x @ quantizer(weight).T)
     y.sum().backward()
     assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        TableQuantizer,
+        partial(MinMaxQuantizer, bits=4),
+        partial(MinMaxQuantizer, bits=4, symmetric=False),
+        partial(LSQQuantizer, bits=3),
+        partial(LSQQuantizer, bits=3, symmetric=False),
+    ],
+    ids=["nf4", "symmetric", "asymmetric", "lsq", "lsq+"],
+)
+def test_a_short_flat_group_is_quantized_as_if_it_were_alone(make):
+    x = torch.randn(7, 10) + 1
+    padded = initialized(make(x.shape, granularity="per_flat_group_64"), x)
+    short = x.view(-1)[64:].view(1, 6)
+    alone = initialized(make(short.shape, granularity="per_channel"), short)
+    assert torch.equal(padded(x).view(-1)[64:], alone(short).view(-1))
 
 
 def test_the_largest_value_sets_the_scale_of_float_grids():
