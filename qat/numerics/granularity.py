@@ -87,7 +87,8 @@ class PerChannel(Granularity):
         return tuple(sizes)
 
     def view(self, x: Tensor) -> Tensor:
-        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+        first = x.movedim(self.axis, 0)
+        return first.reshape(len(first), math.prod(first.shape[1:]))
 
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         sizes = list(shape)
@@ -158,12 +159,12 @@ class PerBlock(Granularity):
 
     def view(self, x: Tensor) -> Tensor:
         *_, tall, wide = self.param_shape(x.shape)
-        tiles = x.reshape(-1, tall, self.rows, wide, self.columns).transpose(2, 3)
+        tiles = x.reshape(math.prod(x.shape[:-2]), tall, self.rows, wide, self.columns).transpose(2, 3)
         return tiles.reshape(-1, self.rows * self.columns)
 
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         *_, tall, wide = self.param_shape(shape)
-        tiles = grouped.reshape(-1, tall, wide, self.rows, self.columns).transpose(2, 3)
+        tiles = grouped.reshape(math.prod(shape[:-2]), tall, wide, self.rows, self.columns).transpose(2, 3)
         return tiles.reshape(tuple(shape))
 
 

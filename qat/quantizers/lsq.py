@@ -54,8 +54,8 @@ class LSQQuantizer(Quantizer):
         self.zero_point = None if symmetric else nn.Parameter(torch.zeros(self.param_shape))
 
     def qparams(self, x: Tensor) -> QParams:
-        groups = math.prod(self.param_shape)
-        factor = 1 / math.sqrt(x.numel() / groups * max(1.0, self.format.range()[1]))
+        elements = max(1.0, x.numel() / math.prod(self.param_shape))
+        factor = 1 / math.sqrt(elements * max(1.0, self.format.range()[1]))
         scale = round_to_storage(from_log_scale(_scale_gradient(self.log_scale, factor)), self.scale_dtype)
         if self.zero_point is None:
             return QParams(scale)

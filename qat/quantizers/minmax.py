@@ -1,6 +1,6 @@
 """Min-max quantization: the scale follows the extremes of the data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from qat.quantizers.base import Quantizer, check_bits
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
 from qat.quantizers.rounding import is_stochastic
 
-_OBSERVERS: dict[str, type[Observer]] = {
+# A quantile of one in ten thousand takes many samples.
+_OBSERVERS: dict[str, Callable[[], Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
-    "percentile": SampleObserver,
+    "percentile": lambda: SampleObserver(most=2**20),
     "mse": SampleObserver,
 }
 
@@ -99,7 +100,7 @@ class MinMaxQuantizer(Quantizer):
 
     def _fit(self, view: Tensor) -> ViewParams:
         if self.observer_kind == "percentile":
-            view = _without_tails(view, self.percentile)
+            view = _without_tails(view, self.percentile, symmetric=self._rule == "absmax")
         rule = DYNAMIC_RULES[self._rule]
         found = rule(view, self.format, self.scale_dtype)
         if self.observer_kind != "mse":
@@ -124,8 +125,16 @@ def _grid(format: str | None, bits: int | None, symmetric: bool) -> Format:
     return check_bits(grid, bits)
 
 
-def _without_tails(view: Tensor, percentile: float) -> Tensor:
-    """Each group's two quantiles between which all but (100 - percentile) % of it lie, half of that on either side."""
-    ordered = view.to(torch.float32).sort(dim=1).values
-    cut = round((1 - percentile / 100) / 2 * (view.shape[1] - 1))
+def _without_tails(view: Tensor, percentile: float, symmetric: bool) -> Tensor:
+    """Two values of each group between which `percentile` % of it lie, `[groups, 2]`.
+
+    Symmetric ones, or two quantiles with as much beyond the one as beyond the other.
+    """
+    view = view.to(torch.float32)
+    ordered = (view.abs() if symmetric else view).sort(dim=1).values
+    beyond = (1 - percentile / 100) * (view.shape[1] - 1)
+    if symmetric:
+        bound = ordered[:, -1 - round(beyond)]
+        return torch.stack([-bound, bound], dim=1)
+    cut = round(beyond / 2)
     return torch.stack([ordered[:, cut], ordered[:, -1 - cut]], dim=1)
