@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.formats import FloatFormat, Format
-from qat.numerics.granularity import Granularity, padded
+from qat.numerics.granularity import Granularity, refuse_padding
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.ste import round_up_to_storage, smallest_scale
 
@@ -22,24 +22,26 @@ def absmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     Symmetric min-max quantization as in LLM-QAT (arXiv 2305.17888); with a codebook format, block-wise absmax as in
     QLoRA (arXiv 2305.14314).
     """
-    return ViewParams(round_up_to_storage(_absmax(view) / format.range()[1], scale_dtype))
+    largest = _absmax(view)
+    return ViewParams(_covering_scale(largest, torch.full_like(largest, format.range()[1]), scale_dtype))
 
 
 @torch.no_grad()
 def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> ViewParams:
-    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid, and so do the extremes.
+    """Asymmetric scale and integer zero point of each group; zero itself stays on the grid.
 
-    The zero point is what the even split of the range suggests, but leaves a level to each side that has values; the
-    scale is then the least that holds the extremes on either side of it.
+    The zero point comes first, then the least scale by which both extremes lie on the grid: scale =
+    max(largest / (high - zero_point), -smallest / (zero_point - low)). Were the scale (largest - smallest) / (high -
+    low), rounding the zero point would move one end of the data beyond the grid, where nothing has a gradient and
+    stochastic rounding is biased.
     """
     low, high = format.range()
     smallest, largest = _extremes(view)
-    below, above = (-smallest).clamp(min=0), largest.clamp(min=0)
-    even = ((below + above) / (high - low)).clamp(min=smallest_scale(torch.float32))
-    zero_point = (low + below / even).round()
-    zero_point = torch.minimum(torch.maximum(zero_point, low + (below > 0)), high - (above > 0).to(below.dtype))
-    needed = torch.maximum(below / (zero_point - low).clamp(min=1), above / (high - zero_point).clamp(min=1))
-    return ViewParams(round_up_to_storage(needed, scale_dtype), zero_point)
+    smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
+    zero_point = _zero_point(smallest, largest, low, high)
+    above = _covering_scale(largest, high - zero_point, scale_dtype)
+    below = _covering_scale(-smallest, zero_point - low, scale_dtype)
+    return ViewParams(torch.maximum(above, below), zero_point)
 
 
 @torch.no_grad()
@@ -85,26 +87,22 @@ DYNAMIC_RULES: dict[str, Rule] = {
     "absmean": absmean_params,
     "twn": twn_params,
 }
-
-
-# Those that zeros beside the data do not change.
-_OF_EXTREMES = ("absmax", "minmax", "microscaling")
-
-
-def check_rule(name: str) -> str:
-    """`name`, if a rule is called that."""
-    if name not in DYNAMIC_RULES:
-        raise InputError(f"There is no rule '{name}' for dynamic qparams.{nearest(name, DYNAMIC_RULES)}")
-    return name
+RULES_OF_MEANS = ("absmean", "twn")
 
 
 def dynamic_qparams(
     x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
 ) -> QParams:
-    """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`."""
-    if rule not in _OF_EXTREMES and granularity.pads(x.shape):
-        raise InputError(padded(granularity, x.shape))
-    found = DYNAMIC_RULES[check_rule(rule)](granularity.view(x.detach()), format, scale_dtype)
+    """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`.
+
+    Raises:
+        InputError: if no rule is called that, or it takes means and `granularity` pads `x` with zeros.
+    """
+    if rule not in DYNAMIC_RULES:
+        raise InputError(f"There is no rule '{rule}' for dynamic qparams.{nearest(rule, DYNAMIC_RULES)}")
+    if rule in RULES_OF_MEANS:
+        refuse_padding(granularity, x.shape)
+    found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
     shape = granularity.param_shape(x.shape)
     zero_point = None if found.zero_point is None else found.zero_point.reshape(shape)
     return QParams(found.scale.reshape(shape), zero_point)
@@ -120,6 +118,30 @@ def _extremes(view: Tensor) -> tuple[Tensor, Tensor]:
 def _absmax(view: Tensor) -> Tensor:
     smallest, largest = _extremes(view)
     return torch.maximum(largest, -smallest)
+
+
+def _zero_point(smallest: Tensor, largest: Tensor, low: float, high: float) -> Tensor:
+    """The integer in [low, high] with which the scale is least; each side of zero that has values has a step at least.
+
+    Args:
+        smallest: of each group, not positive.
+        largest: of each group, not negative.
+    """
+    spread = (largest - smallest).clamp(min=torch.finfo(torch.float32).tiny)
+    below = (low - smallest / spread * (high - low)).floor()
+    # What the negative side needs with `below` against what the positive side needs with below + 1.
+    fits = -smallest * (high - below - 1) <= largest * (below - low)
+    return torch.where(fits, below, below + 1).clamp(low + (smallest < 0).float(), high - (largest > 0).float())
+
+
+def _covering_scale(extreme: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least scale that `dtype` stores by which `extreme` is at most `steps`, also when float32 divides.
+
+    There extreme / (extreme / steps) may be a little more than `steps`, and so lie beyond the grid.
+    """
+    scale = extreme / steps.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(extreme / scale > steps, scale * (1 + torch.finfo(torch.float32).eps), scale)
+    return round_up_to_storage(scale, dtype)
 
 
 def _mean(view: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from qat.errors import InputError, nearest
 
 Shape = Sequence[int]
 
+# How many sizes to offer at least.
+_ENOUGH = 3
+
 
 class Granularity(ABC):
     """A partition of a tensor into groups; immutable, and spelled by `str()`, which `parse_granularity` reads back."""
@@ -88,7 +91,8 @@ class PerChannel(Granularity):
         return tuple(sizes)
 
     def view(self, x: Tensor) -> Tensor:
-        return x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
+        first = x.movedim(self.axis, 0)
+        return first.reshape(len(first), math.prod(first.shape[1:]))
 
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         sizes = list(shape)
@@ -159,12 +163,12 @@ class PerBlock(Granularity):
 
     def view(self, x: Tensor) -> Tensor:
         *_, tall, wide = self.param_shape(x.shape)
-        tiles = x.reshape(-1, tall, self.rows, wide, self.columns).transpose(2, 3)
+        tiles = x.reshape(math.prod(x.shape[:-2]), tall, self.rows, wide, self.columns).transpose(2, 3)
         return tiles.reshape(-1, self.rows * self.columns)
 
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         *_, tall, wide = self.param_shape(shape)
-        tiles = grouped.reshape(-1, tall, wide, self.rows, self.columns).transpose(2, 3)
+        tiles = grouped.reshape(math.prod(shape[:-2]), tall, wide, self.rows, self.columns).transpose(2, 3)
         return tiles.reshape(tuple(shape))
 
 
@@ -172,7 +176,8 @@ class PerBlock(Granularity):
 class PerFlatGroup(Granularity):
     """`group_size` consecutive elements of the flattened tensor share a scale; the last group may be short.
 
-    The block-wise layout of bitsandbytes. The view pads the short group with zeros, which move no absolute maximum.
+    The block-wise layout of bitsandbytes. The view pads the short group with zeros, which move neither an absolute
+    maximum nor an error where zero is on the grid; a mean they do.
     """
 
     group_size: int
@@ -225,17 +230,23 @@ def parse_granularity(name: "str | Granularity") -> Granularity:
     raise InputError(f"There is no granularity '{name}'.{nearest(str(name), examples)}")
 
 
-def padded(granularity: Granularity, shape: Shape) -> str:
-    """Why a padded view does not do."""
-    return (
-        f"{granularity} does not divide {list(shape)} and pads it with zeros, which would count as data here: take a "
-        "size that divides, per_channel, or a quantizer that looks at extremes only (minmax, nf4)."
-    )
+def refuse_padding(granularity: Granularity, shape: Shape) -> None:
+    """For rules that would count padding as data: refuse a tensor of `shape` in whose view a group is padded.
+
+    Raises:
+        InputError: if there is such a group.
+    """
+    if isinstance(granularity, PerFlatGroup):
+        _check_divides(granularity.group_size, math.prod(shape), "flat group size")
 
 
 def _check_divides(size: int, length: int, what: str) -> None:
     if length % size:
-        divisors = [n for n in range(1, length + 1) if length % n == 0]
-        usual = [n for n in divisors if 8 <= n <= 512]
-        working = usual if len(usual) > 2 else divisors
+        working = _usual([n for n in range(1, length + 1) if length % n == 0])
         raise InputError(f"The {what} {size} does not divide {length}. Sizes that do: {', '.join(map(str, working))}.")
+
+
+def _usual(sizes: list[int]) -> list[int]:
+    """Those of `sizes` that one would choose, or all where they are next to none."""
+    usual = [size for size in sizes if 8 <= size <= 512]
+    return usual if len(usual) >= _ENOUGH else sizes

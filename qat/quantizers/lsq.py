@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qat.errors import InputError, nearest
 from qat.numerics.dynamic import minmax_params
 from qat.numerics.formats import Format, IntFormat, LevelFormat
-from qat.numerics.granularity import Granularity
+from qat.numerics.granularity import Granularity, refuse_padding
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import least_squares_scale
 from qat.numerics.ste import round_to_storage, straight_through
@@ -47,13 +47,14 @@ class LSQQuantizer(Quantizer):
         scale_dtype: str = "bfloat16",
     ) -> None:
         super().__init__(shape, _grid(grid, bits, symmetric), granularity, scale_dtype)
-        self.refuse_padding()
+        if grid == "stretched":  # padding would have an error there, because zero is no level
+            refuse_padding(self.granularity, self.shape)
         self.initialized = False
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape))
         self.zero_point = None if symmetric else nn.Parameter(torch.zeros(self.param_shape))
 
     def qparams(self, x: Tensor) -> QParams:
-        elements = max(1, x.numel() // math.prod(self.param_shape))
+        elements = max(1.0, x.numel() / math.prod(self.param_shape))
         factor = 1 / math.sqrt(elements * max(1.0, self.format.range()[1]))
         scale = round_to_storage(from_log_scale(_scale_gradient(self.log_scale, factor)), self.scale_dtype)
         if self.zero_point is None:

@@ -1,24 +1,25 @@
 """Min-max quantization: the scale follows the extremes of the data."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from qat.errors import InputError, nearest
 from qat.numerics.dynamic import DYNAMIC_RULES, dynamic_qparams
-from qat.numerics.formats import CodebookFormat, Format, IntFormat, parse_format
+from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, parse_format
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import least_squares_scale
 from qat.quantizers.base import Quantizer, check_bits, is_stochastic
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
+from qat.quantizers.rounding import is_stochastic
 
+# A quantile of one in ten thousand takes many samples.
 _OBSERVERS: dict[str, Callable[[], Observer]] = {
     "minmax": MinMaxObserver,
     "moving_average": MovingAverageObserver,
-    "percentile": partial(SampleObserver, extremes=False),
+    "percentile": lambda: SampleObserver(most=2**20),
     "mse": SampleObserver,
 }
 
@@ -26,14 +27,14 @@ _OBSERVERS: dict[str, Callable[[], Observer]] = {
 class MinMaxQuantizer(Quantizer):
     """Integers or small floats scaled to the extremes of each group (LLM-QAT, arXiv 2305.17888).
 
-    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: scale = (max - min) / (2^bits - 1), with
-    an integer zero point. Gradients pass straight through to x; the extremes are taken as constants.
+    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: an integer zero point that splits the
+    steps between both sides of zero as they need them, and the least scale with which no x lies beyond the grid.
+    Gradients pass straight through to x; the extremes are taken as constants.
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
-        bits: 2 to 8 for integers, 8 if None; with `format` given it must be the format's own, or None.
-        format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, or levels4 (as many levels around zero as you like);
-            None takes integers.
+        bits: 2 to 8 for integers, None is 8; with `format` given None, or the format's own.
+        format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, or levels2 ... levels256; None takes integers.
         symmetric: whether zero sits in the middle of the grid.
         dynamic: find the extremes in every x anew; otherwise calibrate once and keep them.
         observer: how a static quantizer condenses the batches it is calibrated on: `minmax` takes the extremes of all,
@@ -99,7 +100,7 @@ class MinMaxQuantizer(Quantizer):
 
     def _fit(self, view: Tensor) -> ViewParams:
         if self.observer_kind == "percentile":
-            view = _without_tails(view, self.percentile)
+            view = _without_tails(view, self.percentile, symmetric=self._rule == "absmax")
         rule = DYNAMIC_RULES[self._rule]
         found = rule(view, self.format, self.scale_dtype)
         if self.observer_kind != "mse":
@@ -112,19 +113,28 @@ def _grid(format: str | None, bits: int | None, symmetric: bool) -> Format:
     if format is None:
         return IntFormat(8 if bits is None else bits, signed=symmetric)
     grid = parse_format(format)
-    if isinstance(grid, CodebookFormat):
-        raise InputError(f"{format} needs a codebook, and min-max has none: take nf4 or kmeans.")
     if isinstance(grid, IntFormat) and not grid.signed:
+        raise InputError(f"{format} goes with a zero point: set symmetric=false and bits={grid.bits}, without format.")
+    if not isinstance(grid, IntFormat | FloatFormat | LevelFormat):
         raise InputError(
-            f"{format} has no negative numbers: leave out format, and set bits={grid.bits} symmetric=false."
+            f"Min-max scales come without the codebook of {format}: take KMeansQuantizer or TableQuantizer, or set "
+            "format to fp4_e2m1, fp8_e4m3 or levels3."
         )
     if not symmetric:
         raise InputError(f"{format} is symmetric around zero: set symmetric=true, or leave out format for integers.")
     return check_bits(grid, bits)
 
 
-def _without_tails(view: Tensor, percentile: float) -> Tensor:
-    """Each group's two quantiles between which all but (100 - percentile) % of it lie, half of that on either side."""
-    ordered = view.to(torch.float32).sort(dim=1).values
-    cut = round((1 - percentile / 100) / 2 * (view.shape[1] - 1))
+def _without_tails(view: Tensor, percentile: float, symmetric: bool) -> Tensor:
+    """Two values of each group between which `percentile` % of it lie, `[groups, 2]`.
+
+    Symmetric ones, or two quantiles with as much beyond the one as beyond the other.
+    """
+    view = view.to(torch.float32)
+    ordered = (view.abs() if symmetric else view).sort(dim=1).values
+    beyond = (1 - percentile / 100) * (view.shape[1] - 1)
+    if symmetric:
+        bound = ordered[:, -1 - round(beyond)]
+        return torch.stack([-bound, bound], dim=1)
+    cut = round(beyond / 2)
     return torch.stack([ordered[:, cut], ordered[:, -1 - cut]], dim=1)

@@ -1,19 +1,37 @@
 """Observers condense many batches of an activation into a few representative values per group."""
 
 from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 from torch import Tensor
 
-_MOST_OF_A_BATCH = 2**20
+# Samples of all groups together, and the fewest of one.
+_TOTAL, _LEAST = 2**20, 2**8
+# No seed that anyone takes for data: draws from the same stream would choose by the values.
+_SEED = 0x2545F4914F6CDD1D
 
 
 class Observer(ABC):
-    """Sees the view `[groups, elements]` of every calibration batch; the number of groups is constant."""
+    """Sees the view `[groups, elements]` of every calibration batch; the number of groups is constant.
+
+    Attributes:
+        finite: whether everything that was seen is a finite number.
+    """
+
+    def __init__(self) -> None:
+        self.finite: Tensor | bool = True
+
+    @final
+    def update(self, view: Tensor) -> None:
+        """Take in one batch; one without elements, as of an expert without tokens, says nothing."""
+        if view.numel():
+            self.finite = torch.isfinite(view).all() & self.finite
+            self._take(view)
 
     @abstractmethod
-    def update(self, view: Tensor) -> None:
-        """Take in one batch."""
+    def _take(self, view: Tensor) -> None:
+        """Take in one batch that has elements."""
 
     @abstractmethod
     def summary(self) -> Tensor | None:
@@ -24,9 +42,10 @@ class MinMaxObserver(Observer):
     """Keeps the smallest and the largest value of each group."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._extremes: Tensor | None = None
 
-    def update(self, view: Tensor) -> None:
+    def _take(self, view: Tensor) -> None:
         both = torch.stack(torch.aminmax(view.float(), dim=1), dim=1)
         seen = both if self._extremes is None else torch.cat([self._extremes, both], dim=1)
         self._extremes = torch.stack(torch.aminmax(seen, dim=1), dim=1)
@@ -43,10 +62,11 @@ class MovingAverageObserver(Observer):
     """
 
     def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
         self.decay = decay
         self._extremes: Tensor | None = None
 
-    def update(self, view: Tensor) -> None:
+    def _take(self, view: Tensor) -> None:
         both = torch.stack(torch.aminmax(view.float(), dim=1), dim=1)
         self._extremes = both if self._extremes is None else torch.lerp(both, self._extremes, self.decay)
 
@@ -55,29 +75,35 @@ class MovingAverageObserver(Observer):
 
 
 class SampleObserver(Observer):
-    """Keeps random elements of each group of every batch: enough to fit to.
+    """Keeps elements of each group, drawn evenly from all batches: enough to fit to, or to find quantiles of.
 
-    Random, because evenly spaced ones of a flattened `[tokens, features]` can be those of a few features only.
+    Every position of a batch draws a random number, and the positions with the smallest ones of all batches stay.
+    Evenly spaced positions of a flattened `[tokens, features]` could be those of a few features only.
 
     Args:
-        per_batch: how many of each group; fewer where groups are so many that a batch would keep more than 2^20.
-        extremes: keep each batch's extremes too, for scales that shall hold everything. They are no random elements:
-            leave them out to find quantiles.
+        most: how many elements of a group to keep; where all groups together would have more than 2^20, fewer, but not
+            below 256.
     """
 
-    def __init__(self, per_batch: int = 4096, extremes: bool = True) -> None:
-        self.per_batch, self.extremes = per_batch, extremes
-        self._samples: list[Tensor] = []
+    _draws: Tensor
+    _generator: torch.Generator
 
-    def update(self, view: Tensor) -> None:
-        groups, size = view.shape
-        most = max(1, min(self.per_batch, _MOST_OF_A_BATCH // groups))
-        if size > most:
-            generator = torch.Generator().manual_seed(len(self._samples))
-            chosen = torch.randint(size, (most,), generator=generator).to(view.device)
-            ends = torch.aminmax(view, dim=1, keepdim=True) if self.extremes else ()
-            view = torch.cat([view[:, chosen], *ends], dim=1)
-        self._samples.append(view.float().clone())
+    def __init__(self, most: int = 2**14) -> None:
+        super().__init__()
+        self.most = most
+        self._samples: Tensor | None = None
+
+    def _take(self, view: Tensor) -> None:
+        if self._samples is None:
+            self._samples, self._draws = view[:, :0].float(), torch.empty(0, device=view.device)
+            self._generator = torch.Generator(view.device).manual_seed(_SEED)
+        held, size = len(self._draws), max(_LEAST, min(self.most, _TOTAL // len(view)))
+        fresh = torch.rand(view.shape[1], generator=self._generator, device=view.device)
+        draws = torch.cat([self._draws, fresh])
+        kept = draws.topk(min(size, len(draws)), largest=False, sorted=False).indices.sort().values
+        old, new = kept[kept < held], kept[kept >= held] - held
+        self._samples = torch.cat([self._samples[:, old], view[:, new].float()], dim=1)
+        self._draws = draws[kept]
 
     def summary(self) -> Tensor | None:
-        return torch.cat(self._samples, dim=1) if self._samples else None
+        return self._samples

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qat.errors import InputError
+from qat.errors import InputError, nearest
 from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
-from qat.numerics.dynamic import dynamic_qparams
+from qat.numerics.dynamic import RULES_OF_MEANS, dynamic_qparams
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.functional import quantize
-from qat.numerics.granularity import Granularity, PerFlatGroup
+from qat.numerics.granularity import Granularity, PerFlatGroup, refuse_padding
 from qat.numerics.qtensor import QParams, QuantizedTensor
-from qat.quantizers.base import Quantizer, is_stochastic
+from qat.quantizers.base import Quantizer
+from qat.quantizers.rounding import is_stochastic
 
+_RULES = ("absmax", *RULES_OF_MEANS)
 _DOUBLE_GROUP = 256
 _RULES = ("absmax", "absmean", "twn")
 
@@ -39,7 +41,8 @@ class TableQuantizer(Quantizer):
         granularity: blocks; `per_flat_group_64` is bitsandbytes' layout for sizes that 64 does not divide.
         rule: how the scale follows from x: `absmax`, or for binary and ternary `absmean` or `twn`.
         double_quant: store the scales in 8 bits as well, minus their mean, in blocks of 256 with their own scale.
-        rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients.
+        rounding: `nearest`, or `stochastic`, whose expectation is x itself within the codebook: for gradients. Scales
+            by absmax leave nothing beyond it.
     """
 
     codebook: Tensor
@@ -59,10 +62,12 @@ class TableQuantizer(Quantizer):
         values = fixed_codebook(family, bits)
         super().__init__(shape, CodebookFormat(len(values)), granularity, scale_dtype)
         if rule not in _RULES:
-            raise InputError(f"A fixed codebook has no rule '{rule}': set rule to {', '.join(_RULES)}.")
+            raise InputError(f"A table is not scaled by a rule '{rule}'.{nearest(rule, _RULES)}")
+        if rule in RULES_OF_MEANS:
+            refuse_padding(self.granularity, self.shape)
         self.rule = rule
-        self.stochastic = is_stochastic(rounding)
         self.double_quant = double_quant
+        self.stochastic = is_stochastic(rounding)
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
 
     def qparams(self, x: Tensor) -> QParams:

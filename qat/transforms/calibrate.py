@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.quantizers import Quantizer
@@ -25,8 +25,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are quantizers to calibrate but no batches, batches that never reach them, or that hold
-            NaN or infinity there.
+        InputError: if there are quantizers to calibrate but no batches, or batches that never reach them, or if one of
+            them saw NaN or infinity.
     """
     waiting = uncalibrated(model)
     if not waiting:
@@ -39,24 +39,27 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for batch in batches:
             _call(model, batch)
         for name, quantizer in waiting.items():
-            assert quantizer.observer is not None
-            summary = quantizer.observer.summary()
-            if summary is None:
-                raise InputError(
-                    f"{name} saw no data while calibrating: give calibrate at least one batch that reaches it."
-                )
-            if not torch.isfinite(summary).all():
-                raise InputError(
-                    f"{name} saw NaN or infinity while calibrating, which no scale holds: look for the batch or the "
-                    "layer that they come from."
-                )
-            quantizer.initialize_from(summary)
+            quantizer.initialize_from(_summary(name, quantizer))
             quantizer.initialized = True
     finally:
         for quantizer in waiting.values():
             quantizer.observer = None
         model.train(was_training)
     return model
+
+
+def _summary(name: str, quantizer: Quantizer) -> Tensor:
+    """What the observer of `quantizer` has seen."""
+    assert quantizer.observer is not None
+    summary = quantizer.observer.summary()
+    if summary is None:
+        raise InputError(f"{name} saw no data while calibrating: give calibrate at least one batch that reaches it.")
+    if not quantizer.observer.finite:
+        raise InputError(
+            f"{name} saw NaN or infinity while calibrating, which no grid holds: look for the batch, or for the layer "
+            "before, that makes them; a model in float16 may need bfloat16."
+        )
+    return summary
 
 
 def uncalibrated(model: nn.Module) -> dict[str, Quantizer]:

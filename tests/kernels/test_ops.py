@@ -118,9 +118,15 @@ def test_a_codebook_shared_by_the_columns_of_a_tensor():
     )
 
 
-def test_no_tokens_are_no_mistake():
-    x, qparams, format, granularity = case("int4", "per_channel_-1", (6, 8))
-    assert ops.fake_quantize(x[:0], qparams, format, granularity).shape == (0, 8)
+@pytest.mark.parametrize("spelling", ["per_channel_-1", "per_tensor"])
+@pytest.mark.parametrize("name", ["int4", "uint4", "codebook8"])
+def test_no_tokens_are_no_mistake(name, spelling):
+    x, qparams, format, granularity = case(name, spelling, (6, 8))
+    leaves = [x, *(field for field in qparams if field is not None)]
+    none = ops.fake_quantize(x[:0], qparams, format, granularity)
+    assert none.shape == (0, 8)
+    assert all((g == 0).all() for g in torch.autograd.grad(none.sum(), leaves))
+    assert ops.quantize(x[:0], qparams, format, granularity, stochastic=True).shape == (0, 8)
 
 
 def test_operators_take_tensors_that_are_trained():

@@ -7,7 +7,7 @@ from qat.numerics.dynamic import absmax_params, minmax_params
 from qat.numerics.formats import CodebookFormat, IntFormat
 from qat.numerics.functional import fake_quantize, quantize
 from qat.numerics.granularity import PerChannel, PerGroup
-from qat.numerics.qtensor import QParams
+from qat.numerics.qtensor import QParams, scale_down
 from qat.numerics.ste import round_to_storage, round_up_to_storage, straight_through
 
 
@@ -60,17 +60,51 @@ def test_scales_are_rounded_up_to_storage(dtype):
     assert torch.equal(round_to_storage(rounded, dtype), rounded)
 
 
+def groups_of_all_kinds():
+    """Normal, shifted, on one side of zero, next to nothing on one side, zeros, denormals, and huge."""
+    normal = torch.randn(200, 64) * 10 ** torch.linspace(-6, 6, 200)[:, None]
+    shifted = torch.randn(200, 64) + 2 * torch.randn(200, 1)
+    crumb = torch.randn(50, 64).abs()
+    crumb[:, 0] = -1e-30
+    denormal, huge = torch.randn(10, 64) * 1e-40, torch.rand(10, 64) * 1.5e38
+    return torch.cat(
+        [normal, shifted, shifted.abs(), -shifted.abs(), crumb, -crumb, torch.zeros(1, 64), denormal, huge]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("rule", [absmax_params, minmax_params], ids=["absmax", "minmax"])
-def test_dynamic_scales_never_clip(rule):
-    view = torch.randn(50, 64) * 10 ** torch.linspace(-6, 6, 50)[:, None]
-    format = IntFormat(4, signed=rule is absmax_params)
-    params = rule(view, format, torch.bfloat16)
-    v = view / params.scale + (0 if params.zero_point is None else params.zero_point)
+def test_dynamic_scales_never_clip(rule, bits, dtype):
+    """Not even by the last bit of a division."""
+    view = groups_of_all_kinds()
+    view = view.clamp(-6e4, 6e4) if dtype == torch.float16 else view
+    format = IntFormat(bits, signed=rule is absmax_params)
+    params = rule(view, format, dtype)
+    v = scale_down(view, params)
     low, high = format.range()
-    # With a zero point, its own rounding moves the ends by at most half a step.
-    slack = 0 if params.zero_point is None else 0.5
-    assert (v >= low - slack).all()
-    assert (v <= high + slack).all()
+    assert (v >= low).all()
+    assert (v <= high).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_are_integers_that_spare_the_scale(bits):
+    view = groups_of_all_kinds()
+    format = IntFormat(bits, signed=False)
+    low, high = format.range()
+    scale, zero_point, *_ = minmax_params(view, format, torch.float32)
+    assert torch.equal(zero_point, zero_point.round().clamp(low, high))
+    assert (zero_point[view.amin(1) >= 0] == low).all()
+    assert (zero_point[(view.amax(1) <= 0) & (view.amin(1) < 0)] == high).all()
+    smallest, largest = view.amin(1, keepdim=True).clamp(max=0), view.amax(1, keepdim=True).clamp(min=0)
+    others = torch.arange(low, high + 1)
+    needed = torch.maximum(_ratio(largest, high - others), _ratio(-smallest, others - low)).amin(1, keepdim=True)
+    assert torch.allclose(scale, needed.clamp(min=torch.finfo(torch.float32).tiny), rtol=1e-6)
+
+
+def _ratio(extreme, steps):
+    """extreme / steps, zero if there is nothing to cover."""
+    return torch.where(extreme > 0, extreme / steps, 0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qat.errors import InputError
-from qat.numerics.granularity import PerFlatGroup, parse_granularity
+from qat.numerics.granularity import PerFlatGroup, parse_granularity, refuse_padding
 
 SPELLINGS = [
     "per_tensor",
@@ -46,6 +46,27 @@ def test_flat_groups_pad_the_last():
 def test_sizes_that_do_not_divide_name_those_that_do():
     with pytest.raises(InputError, match=r"does not divide 576. Sizes that do: .*64.*"):
         parse_granularity("per_group_128").param_shape((10, 576))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "shape", "sizes"),
+    [
+        ("per_block_3x4", (8, 8), "1, 2, 4, 8"),
+        ("per_group_5", (2, 7), "1, 7"),
+        ("per_group_7", (2, 64), "8, 16, 32, 64"),
+    ],
+)
+def test_few_sizes_that_divide_are_all_named(spelling, shape, sizes):
+    with pytest.raises(InputError, match=f"Sizes that do: {sizes}\\."):
+        parse_granularity(spelling).param_shape(shape)
+
+
+def test_a_group_filled_up_is_refused_where_zeros_count():
+    with pytest.raises(InputError, match=r"flat group size 64 does not divide 70. Sizes that do: 10, 14, 35, 70"):
+        refuse_padding(PerFlatGroup(64), (7, 10))
+    refuse_padding(PerFlatGroup(35), (7, 10))
+    for spelling in SPELLINGS:
+        refuse_padding(parse_granularity(spelling), (7, 10))
 
 
 @pytest.mark.parametrize("spelling", ["per_chanel", "per_group", "per_group_0", "per_block_4"])

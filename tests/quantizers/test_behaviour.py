@@ -1,5 +1,7 @@
 """One behaviour per quantizer: what it is for."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -125,17 +127,13 @@ def test_centroids_that_cross_keep_an_ascending_grid():
         (lambda: TableQuantizer((4, 64), bits=9), "nf has 2 to 8 bits, not 9"),
         (lambda: TableQuantizer((4, 64), family="af", bits=3), "af has 4 bits, not 3"),
         (lambda: TableQuantizer((4, 64), family="nf5"), "Did you mean 'nf'"),
-        (
-            lambda: MinMaxQuantizer((4, 64), bits=4, format="fp8_e4m3"),
-            "not 4: set the bits beside it to 8",
-        ),
-        (lambda: MinMaxQuantizer((4, 64), format="uint4"), "set bits=4 symmetric=false"),
-        (lambda: MinMaxQuantizer((4, 64), format="codebook16"), "take nf4 or kmeans"),
-        (lambda: TableQuantizer((4, 64), rule="minmax"), "set rule to absmax, absmean, twn"),
+        (lambda: TableQuantizer((4, 64), rule="minmax"), "rule 'minmax'.* Choose from: absmax, absmean, twn"),
+        (lambda: TableQuantizer((4, 64), rule="microscaling"), "Choose from: absmax, absmean, twn"),
         (lambda: TableQuantizer((4, 64), rounding="random"), "no rounding 'random'"),
-        (lambda: KMeansQuantizer((7, 10), granularity="per_flat_group_64"), "would count as data here: take a size"),
-        (lambda: LSQQuantizer((7, 10), granularity="per_flat_group_64"), "would count as data here"),
-        (lambda: MinMaxQuantizer((8, 64), granularity="per_block_3x8"), "Sizes that do: 1, 2, 4, 8"),
+        (lambda: MinMaxQuantizer((4, 64), bits=4, format="fp8_e4m3"), "fp8_e4m3 has 8 bits, not 4"),
+        (lambda: MinMaxQuantizer((4, 64), format="uint4"), "set symmetric=false and bits=4, without format"),
+        (lambda: MinMaxQuantizer((4, 64), format="codebook16"), "take KMeansQuantizer or TableQuantizer"),
+        (lambda: MinMaxQuantizer((4, 64), format="vector16x2"), "take KMeansQuantizer or TableQuantizer"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m2"), "Did you mean 'fp8_e"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m3", symmetric=False), "set symmetric=true"),
         (lambda: MinMaxQuantizer((4, 64), observer="mean"), "no observer 'mean'"),
@@ -151,6 +149,9 @@ def test_centroids_that_cross_keep_an_ascending_grid():
         (lambda: VectorQuantizer((4, 63), bits=2), "do not divide 63"),
         (lambda: VectorQuantizer((4, 64), bits=2, granularity="per_block_2x2"), "Vector codebooks take"),
         (lambda: MinMaxQuantizer((4, 64), bits=1), "2 to 8 bits"),
+        (lambda: TableQuantizer((7, 10), "binary", 1, "per_flat_group_64", "absmean"), "64 does not divide 70"),
+        (lambda: TableQuantizer((7, 10), "ternary", 2, "per_flat_group_64", "twn"), "64 does not divide 70"),
+        (lambda: LSQQuantizer((7, 10), 2, "per_flat_group_64", grid="stretched"), "64 does not divide 70"),
         (lambda: LSQQuantizer((4, 60), granularity="per_group_64"), "does not divide 60"),
         (lambda: LSQQuantizer((4, 64), scale_dtype="float8"), "scale_dtype"),
     ],
@@ -225,6 +226,25 @@ def test_flat_groups_of_any_size_train(rows):
     assert torch.equal(y, x @ quantizer(weight).T)
     y.sum().backward()
     assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        TableQuantizer,
+        partial(MinMaxQuantizer, bits=4),
+        partial(MinMaxQuantizer, bits=4, symmetric=False),
+        partial(LSQQuantizer, bits=3),
+        partial(LSQQuantizer, bits=3, symmetric=False),
+    ],
+    ids=["nf4", "symmetric", "asymmetric", "lsq", "lsq+"],
+)
+def test_a_short_flat_group_is_quantized_as_if_it_were_alone(make):
+    x = torch.randn(7, 10) + 1
+    padded = initialized(make(x.shape, granularity="per_flat_group_64"), x)
+    short = x.view(-1)[64:].view(1, 6)
+    alone = initialized(make(short.shape, granularity="per_channel"), short)
+    assert torch.equal(padded(x).view(-1)[64:], alone(short).view(-1))
 
 
 def test_the_largest_value_sets_the_scale_of_float_grids():
@@ -348,14 +368,58 @@ def test_each_observer_does_what_it_is_for(symmetric):
     assert errors["mse"] < errors["minmax"]
 
 
-@pytest.mark.parametrize("format", [None, "fp8_e5m2", "fp4_e2m1"])
-def test_stochastic_rounding_is_unbiased(format):
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_weight_within_minmax_scales_is_trained(bits, symmetric, scale_dtype):
+    x = torch.randn(64, 256, requires_grad=True)
+    quantizer = MinMaxQuantizer(x.shape, bits, None, "per_group_64", symmetric, scale_dtype=scale_dtype)
+    quantizer(x).sum().backward()
+    assert (x.grad == 1).all()
+    stored = quantizer.quantize(x.detach())
+    assert torch.equal(stored.dequantize(), quantizer(x))
+    assert symmetric or stored.qparams.zero_point.dtype == torch.uint8
+
+
+UNBIASED = {
+    "integers": {"bits": 8},
+    "integers with a zero point": {"bits": 4, "symmetric": False, "granularity": "per_group_8"},
+    "two bits with a zero point": {"bits": 2, "symmetric": False},
+    "fp8": {"format": "fp8_e5m2"},
+    "fp4": {"format": "fp4_e2m1"},
+}
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_stochastic_rounding_is_unbiased(name):
     x = torch.randn(8, 64)
-    quantizer = MinMaxQuantizer(x.shape, None, format, rounding="stochastic", scale_dtype="float32")
+    quantizer = MinMaxQuantizer(x.shape, rounding="stochastic", scale_dtype="float32", **UNBIASED[name])
     draws = torch.stack([quantizer(x) for _ in range(2000)])
     error_of_the_mean = (draws.mean(0) - x).square().mean()
     assert 0.7 < error_of_the_mean / (draws.var(0).mean() / 2000) < 1.4
     assert (quantizer.quantize(x).dequantize() - x).square().mean() > 1000 * error_of_the_mean
+
+
+@pytest.mark.parametrize("options", [{}, {"family": "af"}, {"bits": 3}, {"granularity": "per_token"}], ids=str)
+def test_stochastic_codes_of_tables_are_unbiased(options):
+    x = torch.randn(8, 64)
+    quantizer = TableQuantizer(x.shape, rounding="stochastic", **options)
+    draws = torch.stack([quantizer(x) for _ in range(2000)])
+    error_of_the_mean = (draws.mean(0) - x).square().mean()
+    assert 0.7 < error_of_the_mean / (draws.var(0).mean() / 2000) < 1.4
+    assert (TableQuantizer(x.shape, **options)(x) - x).square().mean() > 400 * error_of_the_mean
+    leaf = x.clone().requires_grad_()
+    quantizer(leaf).sum().backward()
+    assert (leaf.grad == 1).all()
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8_e4m3", "fp4_e2m1", "levels4"])
+def test_a_format_brings_its_bits(format):
+    x = torch.randn(8, 64)
+    quantizer = MinMaxQuantizer(x.shape, format=format)
+    assert quantizer.format.name == format
+    assert sqnr(x, quantizer(x)) > 5
+    assert MinMaxQuantizer(x.shape).format.name == "int8"
 
 
 def test_strength_blends_in_training_only():

@@ -132,6 +132,8 @@ def _add_codebook_gradient(total: Tensor, g: Tensor, entry: Tensor, own: ViewPar
 
 def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
     """Cut `tensors` `[groups, elements]` into blocks, each with its own part of `params` (the first: ViewParams)."""
+    if tensors[0].numel() == 0:  # an expert without tokens
+        return iter(())
     groups, elements = len(tensors[0]), max(tensor.shape[1] for tensor in tensors)
     if not groups * elements:  # an expert that no token chose
         return iter(())

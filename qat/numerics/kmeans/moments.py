@@ -64,11 +64,12 @@ def moments_of(x: Tensor, weights: Tensor | None = None) -> Moments:
     A row whose weights are all zero is weighted evenly: there is nothing to tell its values apart.
     """
     rows, n = x.shape
+    x = x.to(torch.float32).contiguous()
     if weights is None:
-        values = _sorted(x.to(torch.float32))
+        values = _sorted(x)
         mass = torch.arange(n + 1, dtype=torch.float64, device=x.device).expand(rows, -1)
         return Moments(values, mass, _running_sum(values))
-    values, order = x.to(torch.float32).sort(dim=1)
+    values, order = x.sort(dim=1)
     own = weights.to(torch.float64).gather(1, order)
     own = torch.where(own.sum(1, keepdim=True) > 0, own, 1.0)
     return Moments(values, _running_sum(own), _running_sum(own * values))
