@@ -36,10 +36,6 @@ class Granularity(ABC):
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         """Undo `view` for a tensor of `shape`."""
 
-    def pads(self, shape: Shape) -> bool:
-        """Whether the view of a tensor of `shape` holds zeros that the tensor does not."""
-        return False
-
     def of_codes(self, block: int) -> "Granularity":
         """The same partition of codes, each of which stands for `block` consecutive elements of the last dimension.
 
@@ -184,9 +180,6 @@ class PerFlatGroup(Granularity):
 
     def __str__(self) -> str:
         return f"per_flat_group_{self.group_size}"
-
-    def pads(self, shape: Shape) -> bool:
-        return math.prod(shape) % self.group_size != 0
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         return (math.ceil(math.prod(shape) / self.group_size),)

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.errors import InputError, nearest
+from qat.errors import InputError
 from qat.kernels import ops
 from qat.kernels.linear import fake_quantized_linear
 from qat.numerics.formats import Format
-from qat.numerics.granularity import Granularity, padded, parse_granularity
+from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.numerics.ste import straight_through
 from qat.quantizers.keep_dtype import KeepsDtype
 from qat.quantizers.observers import MinMaxObserver, Observer
 
 _DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
-_ROUNDINGS = ("nearest", "stochastic")
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,8 +100,7 @@ class Quantizer(KeepsDtype, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: same shape and dtype, differentiable to x and to every learned parameter."""
         if self.observer is not None:
-            if x.numel():
-                self.observer.update(self.granularity.view(x.detach()))
+            self.observer.update(self.granularity.view(x.detach()))
             return x
         strength = self.strength if self.training else 1.0
         if strength == 0:
@@ -154,12 +152,6 @@ class Quantizer(KeepsDtype, ABC):
             )
 
     @final
-    def refuse_padding(self) -> None:
-        """Refuse a shape whose view holds zeros that are no data, for who would fit to them."""
-        if self.granularity.pads(self.shape):
-            raise InputError(padded(self.granularity, self.shape))
-
-    @final
     def to_storage(self, qparams: QParams) -> QParams:
         """Cast each field to its storage type; exact, because `qparams` already rounded."""
         scale, zero_point, codebook, offset = qparams
@@ -179,13 +171,6 @@ class Quantizer(KeepsDtype, ABC):
     def extra_repr(self) -> str:
         learned = ", ".join(name for name, _ in self.named_parameters(recurse=False))
         return f"{self.format.name}, {self.granularity}" + (f", learns {learned}" if learned else "")
-
-
-def is_stochastic(rounding: str) -> bool:
-    """Whether a quantizer with the option `rounding` draws its codes."""
-    if rounding not in _ROUNDINGS:
-        raise InputError(f"There is no rounding '{rounding}'.{nearest(rounding, _ROUNDINGS)}")
-    return rounding == "stochastic"
 
 
 def check_bits(format: Format, bits: int | None) -> Format:

@@ -11,7 +11,7 @@ from qat.kernels.ops import lloyd_step_
 from qat.numerics.codebooks import NF4, table
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import CodebookFormat
-from qat.numerics.granularity import Granularity, parse_granularity
+from qat.numerics.granularity import Granularity, parse_granularity, refuse_padding
 from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
 from qat.numerics.kmeans.soft import soft_assign
 from qat.numerics.qtensor import QParams, scale_down, unscale
@@ -65,7 +65,7 @@ class KMeansQuantizer(Quantizer):
             raise InputError(f"A k-means codebook has 1 to 8 bits, not {bits}.")
         entries = 2**bits if entries is None else entries
         super().__init__(shape, CodebookFormat(entries), granularity, scale_dtype)
-        self.refuse_padding()
+        refuse_padding(self.granularity, self.shape)
         if init not in _INITS:
             raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, _INITS)}")
         if temperature is not None and temperature <= 0:

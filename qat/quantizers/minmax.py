@@ -11,7 +11,7 @@ from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, pa
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import least_squares_scale
-from qat.quantizers.base import Quantizer, check_bits, is_stochastic
+from qat.quantizers.base import Quantizer, check_bits
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
 from qat.quantizers.rounding import is_stochastic
 

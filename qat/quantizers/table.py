@@ -17,7 +17,6 @@ from qat.quantizers.rounding import is_stochastic
 
 _RULES = ("absmax", *RULES_OF_MEANS)
 _DOUBLE_GROUP = 256
-_RULES = ("absmax", "absmean", "twn")
 
 
 class TableQuantizer(Quantizer):

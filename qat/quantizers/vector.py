@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qat.errors import InputError
 from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import VectorFormat
-from qat.numerics.granularity import Granularity, parse_granularity
+from qat.numerics.granularity import Granularity, parse_granularity, refuse_padding
 from qat.numerics.kmeans.vectors import kmeans_vectors
 from qat.numerics.qtensor import QParams, codes_shape
 from qat.numerics.ste import round_to_storage
@@ -47,7 +47,7 @@ class VectorQuantizer(Quantizer):
             raise InputError(f"bits * block is {bits} * {block}; a vector codebook has at most 8 bits: set block=2.")
         grid = VectorFormat(2 ** (bits * block), block)
         super().__init__(shape, grid, granularity, scale_dtype)
-        self.refuse_padding()
+        refuse_padding(self.granularity, self.shape)
         codes_shape(self.shape, grid)
         self.granularity.of_codes(block)
         table_shape = parse_granularity(codebook).param_shape(self.shape)

@@ -450,14 +450,6 @@ def test_a_format_brings_its_own_bits():
     assert MinMaxQuantizer((4, 64)).format.bits == 8
 
 
-@pytest.mark.parametrize("rule", ["absmean", "twn"])
-def test_means_are_not_taken_over_padding(rule):
-    quantizer = TableQuantizer((7, 10), "ternary", 2, "per_flat_group_64", rule)
-    with pytest.raises(InputError, match="would count as data here"):
-        quantizer(torch.randn(7, 10))
-    assert TableQuantizer((7, 10), granularity="per_flat_group_64")(torch.randn(7, 10)).shape == (7, 10)
-
-
 def grouped_inputs():
     x = torch.randn(64, 256)
     yield x

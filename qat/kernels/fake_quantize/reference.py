@@ -135,8 +135,6 @@ def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ..
     if tensors[0].numel() == 0:  # an expert without tokens
         return iter(())
     groups, elements = len(tensors[0]), max(tensor.shape[1] for tensor in tensors)
-    if not groups * elements:  # an expert that no token chose
-        return iter(())
     most = _BLOCK_OF_A_CORE * torch.get_num_threads() if tensors[0].device.type == "cpu" else _BLOCK_OF_A_GPU
     if groups == 1:
         # Vector codes are fewer than elements; both are cut into as many parts.
