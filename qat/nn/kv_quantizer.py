@@ -64,8 +64,7 @@ class KVQuantizer(nn.Module):
 
     def __init__(self, key_quantizer: nn.Module, value_quantizer: nn.Module, window: int = 0) -> None:
         super().__init__()
-        if not isinstance(window, int) or window < 0:
-            raise InputError(f"The window of a KV cache is a number of tokens, not {window}: set it to 0, 32, 128 ...")
+        check_window(window)
         self.key_quantizer = key_quantizer
         self.value_quantizer = value_quantizer
         self.window = window
@@ -93,6 +92,12 @@ class KVQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"window={self.window}"
+
+
+def check_window(window: int) -> None:
+    """Refuse a window that is no number of tokens."""
+    if not isinstance(window, int) or window < 0:
+        raise InputError(f"The window of a KV cache is a number of tokens, not {window}: set it to 0, 32, 128 ...")
 
 
 def tokens_of_group(quantizer: nn.Module) -> int:

@@ -55,7 +55,8 @@ def prepare(model: nn.Module, scheme: Scheme, initialize: bool = True, progress:
         swapped[name] = quant_layer(name, layers[name], _kind(layers[name]), rule, shared, initialize)
         progress(done, len(rules))
     # Only now, so that a scheme that is refused leaves the model as it was.
-    quantize_kv(model, scheme.kv.key, scheme.kv.value, scheme.kv.window)
+    if scheme.kv is not None:
+        quantize_kv(model, scheme.kv.key, scheme.kv.value, scheme.kv.window)
     for name, layer in swapped.items():
         replace(model, name, layer)
     return model
