@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn.packed import dtype_name, dtype_named
+from qat.nn.stored import Stored
 from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
@@ -15,7 +16,7 @@ from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers import Quantizer
 
 
-class StoredActivation(nn.Module):
+class StoredActivation(Stored):
     """Fake-quantizes x with stored qparams, or with a scale computed from x by a named rule.
 
     Args:
