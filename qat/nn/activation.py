@@ -39,6 +39,7 @@ class StoredActivation(Stored):
             self.register_buffer(name, buffer)
 
     @classmethod
+    @torch.no_grad()
     def from_quantizer(cls, quantizer: Quantizer) -> "StoredActivation":
         """Keep what `quantizer` computes for an activation.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,13 @@ class KVQuantizer(nn.Module):
         """Whether every query sees the same keys and values, so that any attention kernel will do."""
         return self.key_schedule.is_immediate and self.value_schedule.is_immediate
 
+    def stores_as(self, other: "KVQuantizer") -> bool:
+        """Whether tokens are stored the same through `other`: it is this one, or a copy, or what became of it."""
+        if self is other:
+            return True
+        roles = ((self.key_quantizer, other.key_quantizer), (self.value_quantizer, other.value_quantizer))
+        return self.window == other.window and all(_same(own, its) for own, its in roles)
+
     @property
     def is_observing(self) -> bool:
         """Whether a quantizer is being calibrated, and nothing can be stored yet."""
@@ -113,6 +120,21 @@ def kv_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KVQuantizer]]:
         kv = getattr(module, "kv_quantizer", None)
         if isinstance(kv, KVQuantizer):
             yield name, module, kv
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two quantizers of keys or values, stored ones included, compute the same."""
+    if first is second:
+        return True
+    descriptions, tensors = zip(*map(_stored, (first, second)), strict=True)
+    return descriptions[0] == descriptions[1] and all(map(torch.equal, *tensors))
+
+
+def _stored(quantizer: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor]]:
+    """What an artifact says of `quantizer`, and its tensors; None and none of them for full precision."""
+    stored = StoredActivation.from_quantizer(quantizer) if isinstance(quantizer, Quantizer) else quantizer
+    description = stored.description if isinstance(stored, StoredActivation) else None
+    return description, [buffer.cpu() for buffer in stored.buffers()]
 
 
 def _fake_quantize_from(seen: int, x: Tensor, quantizer: nn.Module, schedule: Schedule) -> Tensor:

@@ -257,6 +257,11 @@ def test_a_packed_layer_is_small():
     assert sum(b.numel() * b.element_size() for b in model.buffers()) == 256 * 256 * 3 // 8 + 256 * 8 * 2
 
 
+def test_what_is_stored_holds_no_graph():
+    model = qat.convert(prepared(SCHEMES["static"]))
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+
+
 def test_training_overfits_one_batch():
     model = qat.prepare(tiny_llama(), SCHEMES["lsq"])
     ids = tokens()
