@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import InputError
-from qat.nn import QuantLinear
-from qat.quantizers import NoQuantizer
+from qat.nn import QuantLayer, QuantLinear
+from qat.nn.kv_quantizer import kv_layers
+from qat.quantizers import KMeansQuantizer, NoQuantizer, Quantizer
 from qat.transforms.layers import codebooks, quant_layers
 
 _NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
+_NO_CODEBOOK = (
+    "transforms={name} weighs the errors of codebooks{where} that k-means fits, and this scheme has none: take "
+    "quantizer@scheme.weight=kmeans with init=kmeans, or transforms=calibrate."
+)
 
 
 def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -30,12 +35,11 @@ def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are codebooks but no batches, or the model returns no loss.
+        InputError: if k-means fits no codebook, there are no batches, or the model returns no loss.
     """
-    weights: list[Tensor] = [getattr(layer, name) for layer, name, _ in codebooks(model)]
-    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for _, weight, _ in _fitted(model)}
     if not sums:
-        return model
+        raise InputError(_NO_CODEBOOK.format(name="fisher", where=""))
     with _full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
         hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
         try:
@@ -61,13 +65,13 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there are codebooks but no batches.
+        InputError: if k-means fits no linear layer's codebook, or there are no batches.
     """
-    fitted = {layer.weight for layer, _, _ in codebooks(model) if isinstance(layer, QuantLinear)}
+    fitted = {weight for layer, weight, _ in _fitted(model) if isinstance(layer, QuantLinear)}
     layers = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantLinear) and layer.weight in fitted]
     sums = {layer.weight: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
     if not sums:
-        return model
+        raise InputError(_NO_CODEBOOK.format(name="hessian", where=" of linear layers"))
     with _full_precision(model):
         hooks = [layer.register_forward_pre_hook(_input_squares_into(sums[layer.weight])) for layer in layers]
         try:
@@ -83,30 +87,39 @@ def _fit(model: nn.Module, sums: Mapping[Tensor, Tensor], count: int) -> nn.Modu
     """Initialize the quantizer of each weight; sums serve as well as means, because only ratios within a row count."""
     if not count:
         raise InputError(_NO_DATA)
-    for layer, name, quantizer in codebooks(model):
-        weight = getattr(layer, name)
+    for layer, weight, quantizer in _fitted(model):
         if weight in sums:
             quantizer.initialize(layer.as_matrix(layer, weight), layer.as_matrix(layer, sums[weight]))
     return model
 
 
+def _fitted(model: nn.Module) -> Iterator[tuple[QuantLayer, Tensor, KMeansQuantizer]]:
+    """Every weight whose codebook k-means fits, with its layer and its quantizer; other starts take no importance."""
+    for layer, name, quantizer in codebooks(model):
+        if quantizer.init == "kmeans":
+            yield layer, getattr(layer, name), quantizer
+
+
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
-    """No quantizer at work, no dropout: what is measured is the model that is to be kept."""
-    kept = [
-        (layer, role, getattr(layer, role))
+    """No quantizer at work, of whatever tensor, and no dropout: what is measured is the model that is to be kept."""
+    instead: list[tuple[nn.Module, str, nn.Module | None]] = [
+        (layer, role, NoQuantizer())
         for _, layer in quant_layers(model)
-        for role in ("input_quantizer", "output_quantizer", *(f"{name}_quantizer" for name in layer.names(layer)))
+        for role, child in layer.named_children()
+        if isinstance(child, Quantizer)
     ]
+    instead += [(attention, "kv_quantizer", None) for _, attention, _ in kv_layers(model)]
+    kept = [(owner, role, getattr(owner, role)) for owner, role, _ in instead]
     was_training = model.training
     model.eval()
-    for layer, role, _ in kept:
-        setattr(layer, role, NoQuantizer())
+    for owner, role, plain in instead:
+        setattr(owner, role, plain)
     try:
         yield
     finally:
-        for layer, role, quantizer in kept:
-            setattr(layer, role, quantizer)
+        for owner, role, quantizer in kept:
+            setattr(owner, role, quantizer)
         model.train(was_training)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import qat
 from qat.errors import InputError
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, Quantizer
 from qat.transforms import fisher, hessian, quant_layers
 from tests.conftest import tiny_llama
 
@@ -102,11 +102,61 @@ def test_layers_that_share_a_weight_add_up(transform):
 
 
 @pytest.mark.parametrize("transform", [fisher, hessian])
-def test_no_batches_are_refused_only_where_there_are_codebooks(transform):
+def test_what_else_is_quantized_changes_no_importance(transform):
+    """Gradients, activations, keys and values are in full precision meanwhile; static ones need no calibration yet."""
+    static = partial(MinMaxQuantizer, bits=2, granularity="per_tensor", dynamic=False)
+    token = partial(MinMaxQuantizer, bits=2, granularity="per_token")
+    others = {
+        "weight alone": {},
+        "gradients": {"grad": partial(token, rounding="stochastic")},
+        "activations": {"input": static, "output": token},
+        "keys and values": {"kv": qat.transforms.KVCache(static, token, window=3)},
+    }
+    found = {}
+    for name, other in others.items():
+        torch.manual_seed(1)
+        model = qat.prepare(tiny_llama(initializer_range=0.3), qat.Scheme(weight=KMEANS.weight, **other))
+        before = {key: module for key, module in model.named_modules() if isinstance(module, Quantizer)}
+        transform(model, batches())
+        assert {key: module for key, module in model.named_modules() if isinstance(module, Quantizer)} == before
+        found[name] = torch.stack([layer.self_attn.k_proj.weight_quantizer.codebook for layer in model.model.layers])
+    assert all(torch.equal(codebook, found["weight alone"]) for codebook in found.values())
+
+
+@pytest.mark.parametrize("transform", [fisher, hessian])
+def test_no_batches_are_refused(transform):
     with pytest.raises(InputError, match="no data to find an importance from"):
         transform(qat.prepare(tiny_llama(), KMEANS), [])
-    model = qat.prepare(tiny_llama(), qat.Scheme(weight=partial(LSQQuantizer, bits=3)))
-    assert transform(model, []) is model
+
+
+@pytest.mark.parametrize("transform", [fisher, hessian])
+@pytest.mark.parametrize(
+    "weight",
+    [partial(LSQQuantizer, bits=3), *(partial(KMeansQuantizer, bits=4, init=init) for init in ("entropy", "nf4"))],
+    ids=["lsq", "entropy", "nf4"],
+)
+def test_a_scheme_without_codebooks_to_weigh_is_refused(transform, weight):
+    """Rather than computing everything and changing nothing."""
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=weight))
+    mend = rf"transforms={transform.__name__} .* this scheme has none: take quantizer@scheme.weight=kmeans with init=km"
+    with pytest.raises(InputError, match=mend):
+        transform(model, batches())
+
+
+def test_hessian_weighs_linear_layers_only():
+    model = qat.prepare(nn.Sequential(nn.Conv1d(64, 8, 1)), KMEANS)
+    with pytest.raises(InputError, match="codebooks of linear layers that k-means fits, and this scheme has none"):
+        hessian(model, [{"input": torch.randn(2, 64, 5)}])
+
+
+def test_codebooks_with_another_start_stay_as_they_are():
+    rules = {"down": qat.Rule("*.down_proj", weight=partial(KMeansQuantizer, bits=4, init="nf4"))}
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=KMEANS.weight, rules=rules))
+    layers = model.model.layers[0].mlp
+    kept, fitted = (q.weight_quantizer.codebook.detach().clone() for q in (layers.down_proj, layers.up_proj))
+    fisher(model, batches())
+    assert torch.equal(layers.down_proj.weight_quantizer.codebook, kept)
+    assert not torch.equal(layers.up_proj.weight_quantizer.codebook, fitted)
 
 
 def test_fisher_needs_a_loss():
