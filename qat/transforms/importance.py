@@ -153,7 +153,8 @@ def _input_squares_into(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...
     """A hook that adds the mean square of each input feature to `total`."""
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        total.add_(args[0].detach().to(torch.float32).square().flatten(0, -2).mean(0))
+        squares = args[0].detach().to(torch.float32).square().flatten(0, -2)
+        total.add_(squares.sum(0) / max(1, len(squares)))  # an expert may be given no token at all
 
     return hook
 

@@ -123,6 +123,20 @@ def test_what_else_is_quantized_changes_no_importance(transform):
     assert all(torch.equal(codebook, found["weight alone"]) for codebook in found.values())
 
 
+def test_an_expert_that_no_token_reached_has_no_importance_yet():
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32)), KMEANS)
+    fitted = [
+        hessian(model, given)[0].weight_quantizer.codebook.clone() for given in (inputs(3), inputs(3, 0), inputs(0))
+    ]
+    assert torch.equal(fitted[0], fitted[1])
+    assert torch.isfinite(fitted[2]).all()
+
+
+def inputs(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input": torch.randn(size, 64, generator=generator)} for size in sizes]
+
+
 @pytest.mark.parametrize("transform", [fisher, hessian])
 def test_no_batches_are_refused(transform):
     with pytest.raises(InputError, match="no data to find an importance from"):
