@@ -8,6 +8,7 @@ from torch import Tensor
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn.packed import dtype_name, dtype_named
+from qat.nn.stored import Stored
 from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
@@ -16,7 +17,7 @@ from qat.quantizers import Quantizer
 from qat.quantizers.keep_dtype import KeepsDtype
 
 
-class StoredActivation(KeepsDtype):
+class StoredActivation(Stored):
     """Fake-quantizes x with stored qparams, or with a scale computed from x by a named rule.
 
     Args:
@@ -39,6 +40,7 @@ class StoredActivation(KeepsDtype):
             self.register_buffer(name, buffer)
 
     @classmethod
+    @torch.no_grad()
     def from_quantizer(cls, quantizer: Quantizer) -> "StoredActivation":
         """Keep what `quantizer` computes for an activation.
 

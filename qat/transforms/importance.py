@@ -18,6 +18,10 @@ _NO_CODEBOOK = (
     "(init=kmeans), or leave transforms={transform} out."
 )
 _NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
+_NO_CODEBOOK = (
+    "transforms={name} weighs the errors of codebooks{where} that k-means fits, and this scheme has none: take "
+    "quantizer@scheme.weight=kmeans with init=kmeans, or transforms=calibrate."
+)
 
 
 def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -35,12 +39,11 @@ def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if there is no codebook that importance changes, no batch, or the model returns no loss.
+        InputError: if k-means fits no codebook, there are no batches, or the model returns no loss.
     """
-    weights: list[Tensor] = [getattr(layer, name) for layer, name, _ in _weighable(model)]
-    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+    sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for _, weight, _ in _fitted(model)}
     if not sums:
-        raise InputError(_NO_CODEBOOK.format(transform="fisher", none="no weight has one"))
+        raise InputError(_NO_CODEBOOK.format(name="fisher", where=""))
     with _full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
         hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
         try:
@@ -66,13 +69,13 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         `model`.
 
     Raises:
-        InputError: if no linear layer has a codebook that importance changes, or there is no batch.
+        InputError: if k-means fits no linear layer's codebook, or there are no batches.
     """
-    fitted = {layer.weight for layer, _, _ in _weighable(model) if isinstance(layer, QuantLinear)}
+    fitted = {weight for layer, weight, _ in _fitted(model) if isinstance(layer, QuantLinear)}
     layers = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantLinear) and layer.weight in fitted]
     sums = {layer.weight: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
     if not sums:
-        raise InputError(_NO_CODEBOOK.format(transform="hessian", none="no linear layer has one"))
+        raise InputError(_NO_CODEBOOK.format(name="hessian", where=" of linear layers"))
     with _full_precision(model):
         hooks = [layer.register_forward_pre_hook(_input_squares_into(sums[layer.weight])) for layer in layers]
         try:
@@ -93,32 +96,39 @@ def _fit(model: nn.Module, sums: Mapping[Tensor, Tensor], count: int) -> nn.Modu
     """Initialize the quantizer of each weight; sums serve as well as means, because only ratios within a row count."""
     if not count:
         raise InputError(_NO_DATA)
-    for layer, name, quantizer in _weighable(model):
-        weight = getattr(layer, name)
+    for layer, weight, quantizer in _fitted(model):
         if weight in sums:
             quantizer.initialize(layer.as_matrix(layer, weight), layer.as_matrix(layer, sums[weight]))
     return model
 
 
+def _fitted(model: nn.Module) -> Iterator[tuple[QuantLayer, Tensor, KMeansQuantizer]]:
+    """Every weight whose codebook k-means fits, with its layer and its quantizer; other starts take no importance."""
+    for layer, name, quantizer in codebooks(model):
+        if quantizer.init == "kmeans":
+            yield layer, getattr(layer, name), quantizer
+
+
 @contextmanager
 def _full_precision(model: nn.Module) -> Iterator[None]:
-    """No quantizer at work, no dropout: what is measured is the model that is to be kept."""
-    kept: list[tuple[nn.Module, str, nn.Module]] = [
-        (layer, role, child)
+    """No quantizer at work, of whatever tensor, and no dropout: what is measured is the model that is to be kept."""
+    instead: list[tuple[nn.Module, str, nn.Module | None]] = [
+        (layer, role, NoQuantizer())
         for _, layer in quant_layers(model)
         for role, child in layer.named_children()
         if isinstance(child, Quantizer)
     ]
-    kept += [(attention, "kv_quantizer", kv) for _, attention, kv in kv_layers(model)]
+    instead += [(attention, "kv_quantizer", None) for _, attention, _ in kv_layers(model)]
+    kept = [(owner, role, getattr(owner, role)) for owner, role, _ in instead]
     was_training = model.training
     model.eval()
-    for module, role, quantizer in kept:
-        setattr(module, role, NoQuantizer() if isinstance(quantizer, Quantizer) else None)
+    for owner, role, plain in instead:
+        setattr(owner, role, plain)
     try:
         yield
     finally:
-        for module, role, quantizer in kept:
-            setattr(module, role, quantizer)
+        for owner, role, quantizer in kept:
+            setattr(owner, role, quantizer)
         model.train(was_training)
 
 
@@ -152,7 +162,8 @@ def _input_squares_into(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...
     """A hook that adds the mean square of each input feature to `total`."""
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        total.add_(args[0].detach().to(torch.float32).square().flatten(0, -2).mean(0))
+        squares = args[0].detach().to(torch.float32).square().flatten(0, -2)
+        total.add_(squares.sum(0) / max(1, len(squares)))  # an expert may be given no token at all
 
     return hook
 

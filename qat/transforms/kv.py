@@ -11,9 +11,9 @@ from torch import nn
 from qat.errors import InputError
 from qat.nn.activation import StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers, tokens_of_group
-from qat.numerics.granularity import PerBlock, PerGroup, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
-from qat.transforms.build import check_role, check_storable, in_context
+from qat.transforms.build import found_at, made
+from qat.transforms.roles import check_cached
 from qat.transforms.rules import KVCache, QuantizerFactory
 
 _UNSUPPORTED = "Leave its cache in full precision (kv@scheme.kv=none), or take a model with full causal attention."
@@ -35,10 +35,10 @@ def quantize_kv(
         `model`; unchanged if neither keys nor values get a quantizer.
 
     Raises:
-        InputError: if the model has no attention of the supported kind, a layout would let a token's scale depend on
-            later tokens, or it does not fit head_dim.
+        InputError: if the window is no number of tokens, the model has no attention of the supported kind, a layout
+            would let a token's scale depend on later tokens, or it does not fit head_dim.
     """
-    if not KVCache(key, value).quantizes:
+    if not KVCache(key, value, window).quantizes:
         return model
     installed = {}
     for name, module in _attention_layers(model).items():
@@ -174,32 +174,13 @@ def _decoder(model: nn.Module, attentions: list[nn.Module]) -> nn.Module:
 
 def _make(factory: QuantizerFactory, module: Any, where: str) -> nn.Module:
     features = _head_dim(module)
-    return in_context(lambda: _fitting(factory, features), f"{where} of head_dim {features}")
-
-
-def _fitting(factory: QuantizerFactory, features: int) -> nn.Module:
-    quantizer = factory(shape=(0, features))
-    if isinstance(quantizer, Quantizer):
-        check_role(quantizer, "cache")
-        _check_layout(quantizer)
-        # One group of tokens, for who asks later for an example of what is quantized.
-        quantizer.shape = (tokens_of_group(quantizer), features)
-        if quantizer.initialized:
-            StoredActivation.from_quantizer(quantizer)
+    with found_at(f"{where} of head_dim {features}"):
+        quantizer = made(factory, (0, features))
+        if isinstance(quantizer, Quantizer):
+            # One group of tokens, for who asks for an example of what is quantized.
+            quantizer.shape = (tokens_of_group(quantizer), features)
+            check_cached(quantizer)
     return quantizer
-
-
-def _check_layout(quantizer: Quantizer) -> None:
-    """Refuse what cannot be stored, and scales that depend on tokens which come later."""
-    granularity = quantizer.granularity
-    if quantizer.rule is not None:
-        if not isinstance(granularity, PerToken | PerGroup | PerBlock):
-            raise InputError(
-                f"a dynamic scale {granularity} would depend on later tokens; take per_token, per_group_N or "
-                "per_block_32x1, or a static quantizer."
-            )
-    else:
-        check_storable(quantizer, "keys and values")
 
 
 def _head_dim(module: Any) -> int:

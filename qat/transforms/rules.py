@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from qat.errors import InputError, nearest
+from qat.nn.kv_quantizer import check_window
 from qat.quantizers import NoQuantizer
 
-# Called with the shape of what it will quantize; a Hydra `_partial_` is one.
-QuantizerFactory = Callable[..., nn.Module]
+# Called with the shape of what it will quantize; a Hydra `_partial_` is one. None and NoQuantizer leave full precision.
+QuantizerFactory = Callable[..., nn.Module] | None
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class KVCache:
     Args:
         key, value: make the quantizers, or leave full precision.
         window: the number of latest tokens that stay in full precision.
+
+    Raises:
+        InputError: if `window` is no number of tokens.
     """
 
     key: QuantizerFactory = NoQuantizer
@@ -29,15 +33,12 @@ class KVCache:
     window: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.window, int) or self.window < 0:
-            raise InputError(f"scheme.kv.window is {self.window}; it is a number of tokens: set it to 0, 32, 128 ...")
-        if self.window and not self.quantizes:
-            raise InputError(f"scheme.kv.window is {self.window}, but no cache is quantized: choose kv@scheme.kv=kivi.")
+        check_window(self.window)
 
     @property
     def quantizes(self) -> bool:
         """Whether keys or values get a quantizer."""
-        return _given(self.key) or _given(self.value)
+        return given(self.key) or given(self.value)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Rule:
 
     Args:
         match: names as in `model.named_modules()`, with shell wildcards: `*.down_proj`, `model.layers.[01].*`.
-        weight, input, output: a quantizer for each tensor, or None.
+        weight: a quantizer for each weight, or None.
+        input, output: quantizers for activations, or None. A dynamic scale that is `per_tensor` spans the tokens of a
+            call, which are many in training and one when generating with a cache; `per_token` serves both alike.
         grad: a dynamic quantizer for the gradient of the layer's output, on its way back into the layer.
     """
 
@@ -62,16 +65,16 @@ class Rule:
 
     @property
     def quantizes(self) -> bool:
-        return self.packs or self.quantizes_activations or _given(self.grad)
+        return self.packs or self.quantizes_activations or given(self.grad)
 
     @property
     def quantizes_activations(self) -> bool:
-        return _given(self.input) or _given(self.output)
+        return given(self.input) or given(self.output)
 
     @property
     def packs(self) -> bool:
         """Whether the weight gets codes."""
-        return _given(self.weight)
+        return given(self.weight)
 
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -85,7 +88,7 @@ class Scheme:
     embedding, whose input holds no activations, takes no `input` and no `grad`.
 
     Args:
-        kv: quantizers of the KV cache, for every attention layer; None leaves it in full precision.
+        kv: quantizers of the KV cache, for every attention layer, or None.
         rules: named rules, tried in order; the first that matches wins.
         exclude: layers that stay in full precision; comes before `rules`.
         head: quantize the output head too; it stays in full precision otherwise, whatever `rules` say.
@@ -97,7 +100,7 @@ class Scheme:
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
     grad: QuantizerFactory = NoQuantizer
-    kv: KVCache | None = None
+    kv: KVCache | None = KVCache()
     rules: Mapping[str, Rule | Mapping[str, Any]] = field(default_factory=dict)
     exclude: str | Sequence[str] = ()
     head: bool = False
@@ -143,8 +146,9 @@ class Scheme:
             yield f"rule '{key}' (match: {rule.match})", rule
 
 
-def _given(factory: QuantizerFactory) -> bool:
-    return getattr(factory, "func", factory) is not NoQuantizer
+def given(factory: QuantizerFactory) -> bool:
+    """Whether `factory` makes a quantizer."""
+    return factory is not None and getattr(factory, "func", factory) is not NoQuantizer
 
 
 def _why_useless(rule: Rule, matching: list[str], names: list[str], kept: Mapping[str, str]) -> str:

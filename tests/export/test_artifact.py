@@ -14,7 +14,14 @@ from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import GridContractError, check_logits
 from qat.nn.kv_cache import QuantizedCache
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer
+from qat.quantizers import (
+    LSQQuantizer,
+    MicroscalingQuantizer,
+    MinMaxQuantizer,
+    NoQuantizer,
+    NVFP4Quantizer,
+    TableQuantizer,
+)
 from qat.transforms import KVCache
 from tests.conftest import tiny_llama
 from tests.models import tiny_mixtral
@@ -67,6 +74,26 @@ def test_any_module_loads_into_its_architecture(tmp_path):
     loaded = qat.load(qat.save(model, tmp_path / "net"), net())
     x = torch.randn(3, 64)
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "static_codebook", "microscaling"])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_a_model_of_low_precision_is_loaded_as_it_trained(name, cast, tmp_path):
+    """As `trainer.precision=bf16-true` casts both; scales and codebooks in float32 are the trained ones still."""
+    static = partial(MinMaxQuantizer, granularity="per_tensor", dynamic=False, scale_dtype="float32")
+    more = {
+        "static_codebook": qat.Scheme(weight=partial(TableQuantizer, bits=3), input=static, output=static, head=True),
+        "microscaling": qat.Scheme(weight=NVFP4Quantizer, input=MicroscalingQuantizer, embedding=True),
+    }
+    model, ids = prepared((SCHEMES | more)[name]).to(cast), tokens()
+    with torch.no_grad():
+        trained = model(ids).logits
+        converted = qat.convert(model)
+        assert torch.equal(converted.to(cast)(ids).logits, trained)
+        loaded = qat.load(qat.save(converted, tmp_path / "artifact"))
+        assert torch.equal(loaded.to(cast)(ids).logits, trained)
+        again = qat.load(qat.save(loaded, tmp_path / "again"))
+        assert torch.equal(again.to(cast)(ids).logits, trained)
 
 
 def test_artifacts_of_version_1_still_load():

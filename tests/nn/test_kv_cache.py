@@ -1,4 +1,5 @@
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import DynamicCache, StaticCache
 from qat.errors import InputError
 from qat.nn.kv_cache import QuantizedCache
 from qat.nn.kv_quantizer import kv_layers
-from qat.transforms.kv import quantize_kv
+from qat.transforms import calibrate
+from qat.transforms.kv import quantize_kv, store_kv
 from tests.nn.kv_models import INT4, LAYOUTS, MODELS, STATIC, in_parts, quantized, tiny, tokens, whole
 
 CHUNKS = [7, 5, 1, 1, 20, 6]
@@ -203,6 +205,35 @@ def test_other_caches_are_refused():
             model(ids, past_key_values=cache)
     with pytest.raises(InputError, match="StaticCache"):
         model.generate(ids, cache_implementation="static", **greedy)
+
+
+@pytest.mark.parametrize("other", ["int8", "int4_window5", "keys_only", "static"])
+def test_a_cache_of_another_model_is_refused(other):
+    """It would store this model's tokens in its own way."""
+    model, ids = quantized("int4"), tokens()
+    with pytest.raises(InputError, match=r"made for another model.*: make it with QuantizedCache\(model\) of this one"):
+        model(ids, past_key_values=QuantizedCache(quantized(other)))
+    with pytest.raises(InputError, match="made for another model"):
+        model(ids, past_key_values=QuantizedCache(quantized("int4", num_hidden_layers=3)))
+
+
+def test_the_scales_of_another_calibration_are_refused():
+    model, ids = quantized("static"), tokens()
+    other = calibrate(quantize_kv(tiny(), *LAYOUTS["static"]), [tokens()])
+    with pytest.raises(InputError, match="made for another model"):
+        model(ids, past_key_values=QuantizedCache(other))
+
+
+@pytest.mark.parametrize("layout", ["int4", "static", "learned", "keys_only"])
+def test_a_cache_goes_on_where_its_copy_or_its_model_before_conversion_was(layout):
+    """A prompt is read once, and its cache is copied, or saved, for every text that goes on from it."""
+    model, ids = quantized(layout), tokens()
+    expected = whole(model, ids)[:, 30:]
+    _, cache = in_parts(model, ids[:, :30], [30])
+    store_kv(model)
+    for prompt in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
+        logits, _ = in_parts(model, ids[:, 30:], [6, 4], prompt)
+        assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_bad_input_names_the_mend():

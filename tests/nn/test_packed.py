@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from qat.nn import PackedTensor, packed
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, TableQuantizer
@@ -63,3 +64,30 @@ def test_a_row_that_is_not_there_is_an_error():
     for row in (-1, 24):
         with pytest.raises((IndexError, RuntimeError)):
             tensor.dequantize_rows(torch.tensor([row]))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factory", QUANTIZERS.values(), ids=QUANTIZERS)
+def test_a_cast_model_keeps_the_grid(factory, cast):
+    """A weight that is cast is rounded once, from the values that trained; scales and codebooks are not rounded."""
+    tensor = packed_by(factory)
+    values, stored = tensor.dequantize(), {name: t.clone() for name, t in tensor.state_dict().items()}
+    nn.Sequential(tensor).to(cast)
+    assert tensor.dtype == cast
+    assert tensor.description["dtype"] == str(cast).removeprefix("torch.")
+    assert torch.equal(tensor.dequantize(), values.to(cast))
+    assert torch.equal(tensor.dequantize_rows(torch.tensor([5, 2])), values.to(cast)[[5, 2]])
+    assert all(
+        torch.equal(t, stored[name]) and t.dtype == stored[name].dtype for name, t in tensor.state_dict().items()
+    )
+    tensor.float()
+    assert torch.equal(tensor.dequantize(), values)
+
+
+def test_a_model_that_moves_takes_its_packed_tensors_along():
+    tensor = packed_by(QUANTIZERS["double quantization"])
+    dtypes = {name: t.dtype for name, t in tensor.state_dict().items()}
+    tensor.to("meta", torch.bfloat16)
+    assert (tensor.device.type, tensor.dtype) == ("meta", torch.bfloat16)
+    assert {name: t.dtype for name, t in tensor.state_dict().items()} == dtypes
+    assert all(t.is_meta for t in tensor.state_dict().values())

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 import qat
 from qat.errors import InputError
 from qat.nn import quantize_grad
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer
+from qat.numerics.formats import IntFormat
+from qat.numerics.qtensor import QParams
+from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, VectorQuantizer
 from qat.transforms import quant_layers, quantizes_weights
 from tests.conftest import tiny_llama
 from tests.models import LANGUAGE_MODELS, small_cnn
@@ -144,14 +146,15 @@ def test_training_with_quantized_gradients_overfits_one_batch():
     [
         (
             partial(MinMaxQuantizer, granularity="per_tensor", dynamic=False),
-            "cannot follow gradients, .* a dynamic one",
+            "cannot follow gradients, .* rounds at random .grad_token.",
         ),
         (partial(LSQQuantizer, granularity="per_tensor"), "cannot follow gradients"),
+        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "vector codebooks .* are for weights"),
         (partial(MinMaxQuantizer, granularity="per_channel"), "per_token, per_tensor or per_group_N, not per_channel"),
         (partial(MinMaxQuantizer, granularity="per_channel_-1"), "not per_channel_-1"),
         (partial(MinMaxQuantizer, granularity="per_group_48"), "grad of shape .64.: .* 48 does not divide 64"),
     ],
-    ids=["static", "learned", "per channel", "per feature", "odd group"],
+    ids=["static", "learned", "vectors", "per channel", "per feature", "odd group"],
 )
 def test_gradient_quantizers_that_cannot_work_are_refused(factory, message):
     with pytest.raises(InputError, match=message):

@@ -6,8 +6,8 @@ from torch import nn
 
 import qat
 from qat.errors import InputError
-from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
-from qat.transforms import KVCache, fisher, hessian, quant_layers
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, Quantizer
+from qat.transforms import fisher, hessian, quant_layers
 from tests.conftest import tiny_llama
 
 KMEANS = qat.Scheme(weight=partial(KMeansQuantizer, bits=2))
@@ -102,6 +102,42 @@ def test_layers_that_share_a_weight_add_up(transform):
 
 
 @pytest.mark.parametrize("transform", [fisher, hessian])
+def test_what_else_is_quantized_changes_no_importance(transform):
+    """Gradients, activations, keys and values are in full precision meanwhile; static ones need no calibration yet."""
+    static = partial(MinMaxQuantizer, bits=2, granularity="per_tensor", dynamic=False)
+    token = partial(MinMaxQuantizer, bits=2, granularity="per_token")
+    others = {
+        "weight alone": {},
+        "gradients": {"grad": partial(token, rounding="stochastic")},
+        "activations": {"input": static, "output": token},
+        "keys and values": {"kv": qat.transforms.KVCache(static, token, window=3)},
+    }
+    found = {}
+    for name, other in others.items():
+        torch.manual_seed(1)
+        model = qat.prepare(tiny_llama(initializer_range=0.3), qat.Scheme(weight=KMEANS.weight, **other))
+        before = {key: module for key, module in model.named_modules() if isinstance(module, Quantizer)}
+        transform(model, batches())
+        assert {key: module for key, module in model.named_modules() if isinstance(module, Quantizer)} == before
+        found[name] = torch.stack([layer.self_attn.k_proj.weight_quantizer.codebook for layer in model.model.layers])
+    assert all(torch.equal(codebook, found["weight alone"]) for codebook in found.values())
+
+
+def test_an_expert_that_no_token_reached_has_no_importance_yet():
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32)), KMEANS)
+    fitted = [
+        hessian(model, given)[0].weight_quantizer.codebook.clone() for given in (inputs(3), inputs(3, 0), inputs(0))
+    ]
+    assert torch.equal(fitted[0], fitted[1])
+    assert torch.isfinite(fitted[2]).all()
+
+
+def inputs(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input": torch.randn(size, 64, generator=generator)} for size in sizes]
+
+
+@pytest.mark.parametrize("transform", [fisher, hessian])
 def test_no_batches_are_refused(transform):
     with pytest.raises(InputError, match="no data to find an importance from"):
         transform(qat.prepare(tiny_llama(), KMEANS), [])
@@ -109,28 +145,32 @@ def test_no_batches_are_refused(transform):
 
 @pytest.mark.parametrize("transform", [fisher, hessian])
 @pytest.mark.parametrize(
-    "weight", [partial(LSQQuantizer, bits=3), partial(KMeansQuantizer, bits=3, init="entropy")], ids=["lsq", "entropy"]
+    "weight",
+    [partial(LSQQuantizer, bits=3), *(partial(KMeansQuantizer, bits=4, init=init) for init in ("entropy", "nf4"))],
+    ids=["lsq", "entropy", "nf4"],
 )
-def test_codebooks_that_importance_would_not_change_are_refused(transform, weight):
-    message = f"choose quantizer@scheme.weight=kmeans .*or leave transforms={transform.__name__}"
-    with pytest.raises(InputError, match=message):
-        transform(qat.prepare(tiny_llama(), qat.Scheme(weight=weight)), [])
+def test_a_scheme_without_codebooks_to_weigh_is_refused(transform, weight):
+    """Rather than computing everything and changing nothing."""
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=weight))
+    mend = rf"transforms={transform.__name__} .* this scheme has none: take quantizer@scheme.weight=kmeans with init=km"
+    with pytest.raises(InputError, match=mend):
+        transform(model, batches())
 
 
-@pytest.mark.parametrize("transform", [fisher, hessian])
-def test_importance_is_that_of_the_full_precision_model(transform):
-    """Neither quantized gradients nor a quantized cache, static and not yet calibrated, take part."""
-    found = []
-    static = partial(MinMaxQuantizer, bits=2, granularity="per_tensor", dynamic=False)
-    rough = {"grad": partial(MinMaxQuantizer, bits=2, granularity="per_tensor"), "kv": KVCache(static, static)}
-    for others in ({}, rough):
-        torch.manual_seed(0)
-        model = qat.prepare(tiny_llama(), qat.Scheme(weight=KMEANS.weight, **others))
-        ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(1))
-        transform(model, [{"input_ids": ids, "labels": ids}])
-        found.append([layer.weight_quantizer.codebook.detach() for _, layer in quant_layers(model)])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+def test_hessian_weighs_linear_layers_only():
+    model = qat.prepare(nn.Sequential(nn.Conv1d(64, 8, 1)), KMEANS)
+    with pytest.raises(InputError, match="codebooks of linear layers that k-means fits, and this scheme has none"):
+        hessian(model, [{"input": torch.randn(2, 64, 5)}])
+
+
+def test_codebooks_with_another_start_stay_as_they_are():
+    rules = {"down": qat.Rule("*.down_proj", weight=partial(KMeansQuantizer, bits=4, init="nf4"))}
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=KMEANS.weight, rules=rules))
+    layers = model.model.layers[0].mlp
+    kept, fitted = (q.weight_quantizer.codebook.detach().clone() for q in (layers.down_proj, layers.up_proj))
+    fisher(model, batches())
+    assert torch.equal(layers.down_proj.weight_quantizer.codebook, kept)
+    assert not torch.equal(layers.up_proj.weight_quantizer.codebook, fitted)
 
 
 def test_fisher_needs_a_loss():

@@ -84,6 +84,44 @@ def test_the_grid_contract_of_convolutions(weight, activations, tmp_path):
     assert {type(layer) for layer in loaded if isinstance(layer, PackedLayer)} > {PackedConv1d, PackedConv2d}
 
 
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(64, 32), torch.zeros(0, 64)),
+        (nn.Linear(64, 32), torch.zeros(2, 0, 64)),
+        (nn.Conv2d(64, 32, 1), torch.zeros(0, 64, 3, 3)),
+        (nn.Embedding(32, 64), torch.zeros(0, dtype=torch.long)),
+    ],
+    ids=["linear", "linear, batch", "conv2d", "embedding"],
+)
+def test_no_token_at_all_is_computed_too(layer, x, weight):
+    """As an expert is asked to that no token chose."""
+    activations = {} if isinstance(layer, nn.Embedding) else {"input": TOKEN8, "grad": TOKEN8}
+    scheme = qat.Scheme(weight=weight, output=TOKEN8, embedding=isinstance(layer, nn.Embedding), **activations)
+    model = qat.prepare(nn.Sequential(deepcopy(layer)), scheme)
+    y = model(x)
+    y.sum().backward()
+    assert y.numel() == 0
+    assert model[0].weight.grad.abs().sum() == 0
+    assert qat.convert(model)(x).shape == y.shape
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("build", [tiny_mixtral, tiny_gpt_oss], ids=["[out, in]", "[in, out]"])
+def test_experts_that_no_token_chose_get_no_gradient(build, implementation):
+    model = qat.prepare(build(), qat.Scheme(weight=LSQ4, input=TOKEN8, output=TOKEN8, grad=TOKEN8))
+    model.set_experts_implementation(implementation)
+    experts = model.model.layers[0].mlp.experts
+    hidden, chosen = torch.randn(3, 64, requires_grad=True), torch.tensor([[2], [0], [2]])
+    y = experts(hidden, chosen, torch.ones(3, 1))
+    y.square().sum().backward()
+    reached = experts.down_proj.grad.flatten(1).abs().sum(1) > 0
+    assert reached.tolist() == [True, False, True, False]
+    assert torch.isfinite(experts.gate_up_proj_quantizer.log_scale.grad).all()
+    assert torch.equal(qat.convert(model).model.layers[0].mlp.experts(hidden, chosen, torch.ones(3, 1)), y)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_experts_run_as_transformers_was_told_to(implementation, tmp_path):
     model, ids = tiny_mixtral().eval(), tokens()

@@ -12,8 +12,16 @@ from qat.nn import StoredActivation
 from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.formats import IntFormat
 from qat.numerics.qtensor import QParams
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, TableQuantizer, VectorQuantizer
-from qat.transforms import calibrate, uncalibrated
+from qat.quantizers import (
+    LSQQuantizer,
+    MinMaxQuantizer,
+    NoQuantizer,
+    NVFP4Quantizer,
+    Quantizer,
+    TableQuantizer,
+    VectorQuantizer,
+)
+from qat.transforms import KVCache, calibrate, uncalibrated
 from qat.transforms.kv import describe_kv, quantize_kv, restore_kv, store_kv
 from tests.conftest import tiny_llama
 from tests.nn.kv_models import INT4, LAYOUTS, MODELS, STATIC, in_parts, kivi, quantized, tiny, tokens, whole
@@ -123,14 +131,15 @@ class Unnamed(Quantizer):
         (partial(MinMaxQuantizer, granularity="per_token", dynamic=False), "static quantizer cannot be per_token"),
         (partial(MinMaxQuantizer, granularity="per_group_12"), "keys of head_dim 16: .*12 does not divide 16"),
         (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
-        (Unnamed, "a quantizer of your own needs a `rule`"),
+        (Unnamed, "is for weights: no named rule"),
         (partial(INT4, bitz=3), "refused its options.*bitz"),
-        (partial(INT4, rounding="stochastic"), "random rounding is for gradients.*set rounding=nearest"),
-        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "is for weights: take kmeans"),
+        (NVFP4Quantizer, "NVFP4Quantizer is for weights: .* take mxfp4"),
+        (partial(VectorQuantizer, granularity="per_tensor"), "vector codebooks .* are for weights; take kmeans"),
+        (partial(INT4, rounding="stochastic"), "random rounding is for gradients, .* set rounding=nearest"),
     ],
     ids=[
         *("tensor", "channel", "flat", "lsq_token", "static_token", "odd_group", "double", "unnamed", "misspelt"),
-        *("stochastic", "vector"),
+        *("nvfp4", "vectors", "random"),
     ],
 )
 def test_layouts_that_cannot_be_served_are_refused(factory, message):
@@ -138,6 +147,14 @@ def test_layouts_that_cannot_be_served_are_refused(factory, message):
     with pytest.raises(InputError, match=message):
         quantize_kv(model, factory, INT4)
     assert not list(kv_layers(model))
+
+
+@pytest.mark.parametrize("window", [-1, 2.5, None])
+@pytest.mark.parametrize("key", [INT4, NoQuantizer], ids=["quantized", "full"])
+def test_a_window_is_a_number_of_tokens(key, window):
+    for refused in (lambda: KVCache(key, window=window), lambda: quantize_kv(tiny(), key, window=window)):
+        with pytest.raises(InputError, match=r"is a number of tokens, not .*: set it to 0, 32, 128"):
+            refused()
 
 
 def test_models_that_cannot_be_served_are_refused():

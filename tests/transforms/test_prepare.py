@@ -25,6 +25,7 @@ from tests.conftest import tiny_llama
 
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
+RANDOM8 = partial(TOKEN8, rounding="stochastic")
 STATIC8 = partial(MinMaxQuantizer, bits=8, granularity="per_tensor", dynamic=False)
 SCHEMES = {
     "lsq": qat.Scheme(weight=LSQ3),
@@ -216,18 +217,39 @@ class Unnamed(Quantizer):
     [
         (partial(LSQQuantizer, granularity="per_channel"), "per_tensor or per_channel_-1, not per_channel"),
         (partial(KMeansQuantizer, granularity="per_group_32"), "per_tensor or per_channel_-1"),
-        (Unnamed, "a quantizer of your own needs a `rule`"),
+        (Unnamed, "is for weights: no named rule"),
+        (NVFP4Quantizer, "NVFP4Quantizer is for weights: .* take mxfp4"),
         (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
-        (partial(TOKEN8, rounding="stochastic"), "input .*random rounding is for gradients"),
-        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "input .*is for weights: take kmeans"),
-        (partial(MinMaxQuantizer, granularity="per_channel_-1"), "a token served alone would see another scale"),
-        (partial(NVFP4Quantizer), "NVFP4Quantizer is for weights: .*Take minmax_token, fp8_token or mxfp4"),
+        (
+            partial(VectorQuantizer, bits=2, granularity="per_tensor"),
+            "vector codebooks .* are for weights; take kmeans",
+        ),
+        (partial(MinMaxQuantizer, granularity="per_channel_-1"), "would span the tokens of a call, .* take per_token"),
+        (RANDOM8, "random rounding is for gradients, .* set rounding=nearest"),
     ],
-    ids=["lsq", "kmeans", "unnamed", "double", "stochastic", "vector", "channel", "nvfp4"],
+    ids=["lsq", "kmeans", "unnamed", "nvfp4", "double", "vectors", "dynamic channel", "random"],
 )
-def test_activation_quantizers_that_cannot_be_stored_are_refused(factory, message):
-    with pytest.raises(InputError, match=message):
-        qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=factory))
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_activation_quantizers_that_cannot_be_stored_are_refused(factory, message, role):
+    with pytest.raises(InputError, match=f"0, {role} of shape .64.: .*{message}"):
+        qat.prepare(nn.Sequential(nn.Linear(64, 64)), qat.Scheme(weight=LSQ3, **{role: factory}))
+
+
+def test_a_weight_is_not_rounded_at_random():
+    """Its codes would be drawn anew when it is packed: others than those that trained."""
+    model, scheme = nn.Sequential(nn.Linear(64, 8)), qat.Scheme(weight=partial(RANDOM8, granularity="per_channel"))
+    with pytest.raises(InputError, match=r"0, weight of shape .8, 64.: random rounding is for gradients"):
+        qat.prepare(model, scheme)
+
+
+@pytest.mark.parametrize("role", ["weight", "input", "output", "grad", "kv"])
+def test_nothing_means_full_precision(role):
+    """As `scheme.input=null` says on the command line."""
+    model = qat.prepare(tiny_llama(), qat.Scheme(**{"weight": LSQ3, "grad": TOKEN8, role: None}))
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer.weight_quantizer, Quantizer) == (role != "weight")
+    assert isinstance(layer.grad_quantizer, Quantizer) == (role != "grad")
+    assert not any(isinstance(q, Quantizer) for q in (layer.input_quantizer, layer.output_quantizer))
 
 
 def test_weights_are_not_rounded_at_random():
@@ -276,6 +298,11 @@ def test_a_packed_layer_is_small():
     model = qat.convert(qat.prepare(nn.Sequential(nn.Linear(256, 256, bias=False)), SCHEMES["lsq"]))
     assert isinstance(model[0], PackedLinear)
     assert sum(b.numel() * b.element_size() for b in model.buffers()) == 256 * 256 * 3 // 8 + 256 * 8 * 2
+
+
+def test_what_is_stored_holds_no_graph():
+    model = qat.convert(prepared(SCHEMES["static"]))
+    assert not any(buffer.requires_grad for buffer in model.buffers())
 
 
 def test_training_overfits_one_batch():
