@@ -8,7 +8,6 @@ from torch import Tensor
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn.packed import dtype_name, dtype_named
-from qat.nn.stored import Stored
 from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
@@ -17,7 +16,7 @@ from qat.quantizers import Quantizer
 from qat.quantizers.keep_dtype import KeepsDtype
 
 
-class StoredActivation(Stored):
+class StoredActivation(KeepsDtype):
     """Fake-quantizes x with stored qparams, or with a scale computed from x by a named rule.
 
     Args:

@@ -19,7 +19,6 @@ class QuantizedLayer(CacheLayerMixin):
 
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
-        self.quantizer = quantizer
         self.is_croppable = quantizer.is_immediate
         self.layout = quantizer.layout
         self.stored_keys = StoredTokens(quantizer.key_quantizer, quantizer.key_schedule)
@@ -100,12 +99,7 @@ class QuantizedCache(Cache):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(layers=[QuantizedLayer(quantizer) for quantizer in _quantizers(model)])
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether `model` would store tokens as they are stored here."""
-        own, others = [layer.quantizer for layer in self.layers], _quantizers(model)  # type: ignore[union-attr]
-        return len(own) == len(others) and all(a.stores_as(b) for a, b in zip(own, others, strict=True))
+        super().__init__(layers=[QuantizedLayer(kv) for kv in _by_layer(model)])
 
     @property
     def nbytes(self) -> int:
@@ -129,26 +123,17 @@ def _by_layer(model: nn.Module) -> list[KVQuantizer]:
     return [found[index] for index in range(len(found))]
 
 
-def _quantizers(model: nn.Module) -> list[KVQuantizer]:
-    """The KVQuantizer of every attention layer, in the order of the layers."""
-    found: dict[int, KVQuantizer] = {int(module.layer_idx): kv for _, module, kv in kv_layers(model)}  # type: ignore[arg-type]
-    if sorted(found) != list(range(len(found))) or not found:
-        raise InputError("The model has no KV quantizers: call quantize_kv(model, key, value) first.")
-    return [found[index] for index in range(len(found))]
-
-
 def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Forward pre-hook that puts a QuantizedCache in the place of an empty default cache.
 
     `generate` makes a DynamicCache before it calls the model, and from then on passes what the model returned, so
-    replacing it here is enough. While training or calibrating, a call without a cache gets none from here; and while
-    the KV quantizers are set aside, nothing is replaced.
+    replacing it here is enough. While training or calibrating, a call without a cache gets none from here.
 
     Raises:
-        InputError: for a cache of another kind or another model, or a default one that holds tokens already.
+        InputError: for a cache of another kind or model, or a default one that holds tokens already.
     """
     if next(kv_layers(decoder), None) is None:
-        return args, kwargs
+        return args, kwargs  # its quantizers were taken away for a while
     names = list(signature(decoder.forward).parameters)
     named = dict(zip(names, args, strict=False)) | kwargs
     given, wanted = named.get("past_key_values"), named.get("use_cache")
@@ -168,13 +153,6 @@ def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def _in_place_of(given: Any, decoder: nn.Module) -> QuantizedCache:
-    if isinstance(given, QuantizedCache):
-        if not given.is_of(decoder):
-            raise InputError(
-                "The QuantizedCache was made for another model, whose keys and values are quantized otherwise: make it "
-                "with QuantizedCache(model) of this one."
-            )
-        return given
     if type(given) is DynamicCache and not given.offloading and given.get_seq_length() == 0:
         return QuantizedCache(decoder)
     raise InputError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class KVQuantizer(nn.Module):
 
     def __init__(self, key_quantizer: nn.Module, value_quantizer: nn.Module, window: int = 0) -> None:
         super().__init__()
-        check_window(window)
+        if not isinstance(window, int) or window < 0:
+            raise InputError(f"The window of a KV cache is a number of tokens, not {window}: set it to 0, 32, 128 ...")
         self.key_quantizer = key_quantizer
         self.value_quantizer = value_quantizer
         self.window = window
@@ -84,13 +85,6 @@ class KVQuantizer(nn.Module):
         """Whether every query sees the same keys and values, so that any attention kernel will do."""
         return self.key_schedule.is_immediate and self.value_schedule.is_immediate
 
-    def stores_as(self, other: "KVQuantizer") -> bool:
-        """Whether tokens are stored the same through `other`: it is this one, or a copy, or what became of it."""
-        if self is other:
-            return True
-        roles = ((self.key_quantizer, other.key_quantizer), (self.value_quantizer, other.value_quantizer))
-        return self.window == other.window and all(_same(own, its) for own, its in roles)
-
     @property
     def layout(self) -> tuple[object, ...]:
         """What a cache must agree on: the grid of keys and of values, and from when on tokens are quantized."""
@@ -104,12 +98,6 @@ class KVQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"window={self.window}"
-
-
-def check_window(window: int) -> None:
-    """Refuse a window that is no number of tokens."""
-    if not isinstance(window, int) or window < 0:
-        raise InputError(f"The window of a KV cache is a number of tokens, not {window}: set it to 0, 32, 128 ...")
 
 
 def tokens_of_group(quantizer: nn.Module) -> int:
@@ -131,21 +119,6 @@ def kv_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, KVQuantizer]]:
         kv = getattr(module, "kv_quantizer", None)
         if isinstance(kv, KVQuantizer):
             yield name, module, kv
-
-
-def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two quantizers of keys or values, stored ones included, compute the same."""
-    if first is second:
-        return True
-    descriptions, tensors = zip(*map(_stored, (first, second)), strict=True)
-    return descriptions[0] == descriptions[1] and all(map(torch.equal, *tensors))
-
-
-def _stored(quantizer: nn.Module) -> tuple[dict[str, Any] | None, list[Tensor]]:
-    """What an artifact says of `quantizer`, and its tensors; None and none of them for full precision."""
-    stored = StoredActivation.from_quantizer(quantizer) if isinstance(quantizer, Quantizer) else quantizer
-    description = stored.description if isinstance(stored, StoredActivation) else None
-    return description, [buffer.cpu() for buffer in stored.buffers()]
 
 
 def _fake_quantize_from(seen: int, x: Tensor, quantizer: nn.Module, schedule: Schedule) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels import ops
-from qat.nn.stored import Change, Stored
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken, parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
@@ -19,24 +18,21 @@ from qat.quantizers.keep_dtype import KeepsDtype
 _FIELDS = QParams._fields
 
 
-class PackedTensor(Stored):
+class PackedTensor(KeepsDtype):
     """A QuantizedTensor as buffers: bit-packed `codes`, and one buffer for each of its qparams.
 
     A scale that is quantized itself is a PackedTensor in turn, so its codes are stored under `scale.codes`. Casting the
-    model casts what `dequantize` returns, as it would a weight, but nothing that is stored: the grid stays the same.
+    model changes the dtype that a weight is dequantized to, as it would change the weight, and no stored number.
 
     Args:
         description: what `describe` returns; the buffers are allocated from it and filled by `load_state_dict`.
-
-    Attributes:
-        dtype: of the tensor that was quantized, or what the model was cast to since.
     """
 
     codes: Tensor
 
     def __init__(self, description: dict[str, Any], device: torch.device | None = None) -> None:
         super().__init__()
-        self._description = description
+        self.description = description
         self.format = parse_format(description["format"])
         self.granularity = parse_granularity(description["granularity"])
         self.shape = torch.Size(description["shape"])
@@ -78,11 +74,6 @@ class PackedTensor(Stored):
         self.description = self.description | {"dtype": dtype_name(dtype)}
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What `describe` says of it."""
-        return self._description | {"dtype": dtype_name(self.dtype)}
-
-    @property
     def device(self) -> torch.device:
         """Where it lies; models of transformers ask the weight of an embedding."""
         return self.codes.device
@@ -95,7 +86,7 @@ class PackedTensor(Stored):
         return QuantizedTensor(codes, QParams(*resolved), self.format, self.granularity, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, in `dtype` or the tensor's own."""
+        """The values, in `dtype` or the dtype of the tensor that was quantized."""
         q = self.quantized()
         return ops.dequantize(q.codes, q.qparams, q.format, q.granularity, dtype or self.dtype)
 
@@ -119,10 +110,6 @@ class PackedTensor(Stored):
         field = getattr(self, name, None)
         values = field.quantized().dequantize() if isinstance(field, PackedTensor) else field
         return values if values is None or len(values) != self.shape[0] else values.index_select(0, rows)
-
-    def _apply(self, fn: Change, recurse: bool = True) -> Any:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, {self.format.name}, {self.granularity}"

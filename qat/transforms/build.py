@@ -87,6 +87,10 @@ def made(factory: QuantizerFactory, shape: tuple[int, ...]) -> nn.Module:
     """
     if factory is None:
         return NoQuantizer()
+    if not callable(factory):
+        raise InputError(
+            f"{factory!r} is no quantizer: choose one by its group, as in quantizer@scheme.weight={factory}."
+        )
     try:
         return factory(shape=shape)
     except TypeError as error:

@@ -13,10 +13,6 @@ from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import KMeansQuantizer, NoQuantizer, Quantizer
 from qat.transforms.layers import codebooks, quant_layers
 
-_NO_CODEBOOK = (
-    "{transform} weighs the errors of k-means codebooks, and {none}: choose quantizer@scheme.weight=kmeans "
-    "(init=kmeans), or leave transforms={transform} out."
-)
 _NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
 _NO_CODEBOOK = (
     "transforms={name} weighs the errors of codebooks{where} that k-means fits, and this scheme has none: take "
@@ -84,11 +80,6 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             for hook in hooks:
                 hook.remove()
     return _fit(model, {weight: total.expand_as(weight) for weight, total in sums.items()}, count)
-
-
-def _weighable(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantizer]]:
-    """The codebooks that importance changes: those that start where the squared error is least."""
-    return (found for found in codebooks(model) if found[2].init == "kmeans")
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from qat.errors import InputError, nearest
-from qat.nn.kv_quantizer import check_window
 from qat.quantizers import NoQuantizer
 
 # Called with the shape of what it will quantize; a Hydra `_partial_` is one. None and NoQuantizer leave full precision.
@@ -33,7 +32,10 @@ class KVCache:
     window: int = 0
 
     def __post_init__(self) -> None:
-        check_window(self.window)
+        if not isinstance(self.window, int) or self.window < 0:
+            raise InputError(f"scheme.kv.window is {self.window}; it is a number of tokens: set it to 0, 32, 128 ...")
+        if self.window and not self.quantizes:
+            raise InputError(f"scheme.kv.window is {self.window}, but no cache is quantized: choose kv@scheme.kv=kivi.")
 
     @property
     def quantizes(self) -> bool:

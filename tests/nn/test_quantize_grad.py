@@ -13,8 +13,6 @@ from torch.nn import functional as F
 import qat
 from qat.errors import InputError
 from qat.nn import quantize_grad
-from qat.numerics.formats import IntFormat
-from qat.numerics.qtensor import QParams
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, Quantizer, VectorQuantizer
 from qat.transforms import quant_layers, quantizes_weights
 from tests.conftest import tiny_llama

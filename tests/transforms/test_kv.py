@@ -153,7 +153,7 @@ def test_layouts_that_cannot_be_served_are_refused(factory, message):
 @pytest.mark.parametrize("key", [INT4, NoQuantizer], ids=["quantized", "full"])
 def test_a_window_is_a_number_of_tokens(key, window):
     for refused in (lambda: KVCache(key, window=window), lambda: quantize_kv(tiny(), key, window=window)):
-        with pytest.raises(InputError, match=r"is a number of tokens, not .*: set it to 0, 32, 128"):
+        with pytest.raises(InputError, match=r"it is a number of tokens: set it to 0, 32, 128"):
             refused()
 
 
