@@ -18,7 +18,7 @@ def check_activation(quantizer: Quantizer) -> None:
     which span the tokens of a call, a whole text's or a single one's, and are taken for their cheapness.
     """
     _check_rounding(quantizer)
-    _check_single_codes(quantizer)
+    _check_single_codes(quantizer, instead="minmax_token")
     _check_storable(quantizer, "activations")
     granularity, dynamic = quantizer.granularity, quantizer.rule is not None
     if dynamic and granularity == PerChannel(-1):
@@ -36,7 +36,7 @@ def check_activation(quantizer: Quantizer) -> None:
 def check_cached(quantizer: Quantizer) -> None:
     """Refuse a quantizer of keys or values that the cache cannot store, or whose scales would see later tokens."""
     _check_rounding(quantizer)
-    _check_single_codes(quantizer)
+    _check_single_codes(quantizer, instead="minmax_token")
     dynamic = quantizer.rule is not None
     if dynamic and not isinstance(quantizer.granularity, PerToken | PerGroup | PerBlock):
         raise InputError(
@@ -48,7 +48,7 @@ def check_cached(quantizer: Quantizer) -> None:
 
 def check_gradient(quantizer: Quantizer) -> None:
     """Refuse a quantizer of gradients that has to be fitted first, or that mixes tokens channel by channel."""
-    _check_single_codes(quantizer)
+    _check_single_codes(quantizer, instead="grad_token")
     if not quantizer.initialized or any(True for _ in quantizer.parameters()):
         raise InputError(
             "a static or learned quantizer cannot follow gradients, which shrink as training goes on: take a dynamic "
@@ -65,9 +65,9 @@ def _check_rounding(quantizer: Quantizer) -> None:
         )
 
 
-def _check_single_codes(quantizer: Quantizer) -> None:
+def _check_single_codes(quantizer: Quantizer, instead: str) -> None:
     if quantizer.format.block > 1:
-        raise InputError(f"vector codebooks ({quantizer.format.name}) are for weights; take kmeans or minmax_token.")
+        raise InputError(f"vector codebooks ({quantizer.format.name}) are for weights; take {instead}.")
 
 
 def _check_storable(quantizer: Quantizer, what: str) -> None:

@@ -147,7 +147,10 @@ def test_training_with_quantized_gradients_overfits_one_batch():
             "cannot follow gradients, .* rounds at random .grad_token.",
         ),
         (partial(LSQQuantizer, granularity="per_tensor"), "cannot follow gradients"),
-        (partial(VectorQuantizer, bits=2, granularity="per_tensor"), "vector codebooks .* are for weights"),
+        (
+            partial(VectorQuantizer, bits=2, granularity="per_tensor"),
+            "vector codebooks .* are for weights; take grad_token",
+        ),
         (partial(MinMaxQuantizer, granularity="per_channel"), "per_token, per_tensor or per_group_N, not per_channel"),
         (partial(MinMaxQuantizer, granularity="per_channel_-1"), "not per_channel_-1"),
         (partial(MinMaxQuantizer, granularity="per_group_48"), "grad of shape .64.: .* 48 does not divide 64"),

@@ -1,17 +1,26 @@
 """The contract of DESIGN: what holds for every file of configs/quantizer/, so a new quantizer is tested by its yaml."""
 
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
+import qat
+from qat.errors import InputError
 from qat.nn import PackedTensor
+from qat.nn.kv_cache import QuantizedCache
+from qat.nn.kv_quantizer import kv_layers
 from qat.numerics.functional import fake_quantize
 from qat.numerics.granularity import PerBlock, PerGroup
 from qat.numerics.packing import pack, unpack
-from qat.quantizers import NoQuantizer
+from qat.quantizers import MinMaxQuantizer, NoQuantizer
+from qat.transforms import KVCache
+from tests.conftest import tiny_llama
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "quantizer").glob("*.yaml"))
 SHAPE = (32, 192)
@@ -146,7 +155,113 @@ def test_the_fused_gradients_are_those_of_the_definition(path):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_per_token_quantizer_serves_any_number_of_tokens():
-    for path in CONFIGS:
-        if OmegaConf.load(path).get("granularity") == "per_token":
-            assert make(path, (192,))(torch.randn(2, 7, 192)).shape == (2, 7, 192)
+# Any yaml may be put in any role: quantizer@scheme.input=nf4, quantizer@scheme.kv.key=lsq, ...
+ROLES = ("weight", "input", "output", "grad", "key", "value")
+FEATURES = 64
+
+
+@pytest.fixture(params=ROLES)
+def role(request):
+    return request.param
+
+
+def scheme_for(path, role):
+    factory = instantiate(OmegaConf.load(path))
+    if role in ("key", "value"):
+        return qat.Scheme(kv=KVCache(**{role: factory}))
+    beside = {"weight": partial(MinMaxQuantizer, granularity="per_channel")} if role in ("input", "output") else {}
+    return qat.Scheme(**beside, **{role: factory})
+
+
+def served(path, role):
+    """A tiny model with the quantizer in `role`, calibrated; an InputError if it does not suit it."""
+    if role in ("key", "value"):
+        one_head = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+        model, batch = tiny_llama(hidden_size=FEATURES, **one_head), torch.randint(0, 96, (2, 32))
+    else:
+        model, batch = nn.Sequential(nn.Linear(FEATURES, FEATURES)), torch.randn(9, FEATURES)
+    return qat.calibrate(qat.prepare(model, scheme_for(path, role)), [batch]).eval()
+
+
+def served_or_refused(path, role):
+    """What `served` returns, or None; a refusal must say in a line what to do instead."""
+    try:
+        return served(path, role)
+    except InputError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert len(message) < 250
+        assert re.search(rf"\b({role}|{role}s)\b.*\b(take|set|needs)\b", message), message
+        return None
+
+
+def reloaded(stored):
+    again = type(stored)(stored.description)
+    again.load_state_dict(stored.state_dict())
+    return again
+
+
+def check_layer(model, role, x):
+    """The converted layer, and the stored form of the quantizer that was reloaded, compute what trained."""
+    quantizer, is_weight = getattr(model[0], f"{role}_quantizer"), role == "weight"
+    with torch.no_grad():
+        trained, expected = model(x), quantizer(model[0].weight if is_weight else x)
+        (packed,) = qat.convert(model)
+        stored = reloaded(packed.weight if is_weight else getattr(packed, f"{role}_quantizer"))
+        assert torch.equal(stored.dequantize() if is_weight else stored(x), expected)
+        assert torch.equal(model(x), trained)
+
+
+def check_gradient(model, x):
+    """Both products of the backward pass see what the quantizer makes of dL/dy; nothing of it ships."""
+    (layer,), g = model, torch.randn(len(x), FEATURES)
+    x.requires_grad_()
+    _, g_hat = same_draw(lambda: layer(x).backward(g), lambda: layer.grad_quantizer(g))
+    assert torch.equal(x.grad, g_hat @ layer.weight)
+    assert torch.allclose(layer.weight.grad, g_hat.T @ x, atol=1e-5)
+    assert not len(x) or not torch.equal(g_hat, g)
+    assert type(qat.convert(model)[0]) is nn.Linear
+
+
+def check_cache(model, role, sizes):
+    """However tokens arrive, the cache holds what training sees, to the bit, and the converted model sees the same."""
+    (_, _, kv), *_ = kv_layers(model)
+    x = torch.randn(2, 1, sum(sizes), FEATURES)
+    seen = getattr(kv, f"{role}s")(x, 0)
+    assert sum(sizes) < 32 or not torch.equal(seen, x)
+    for _ in ("trained", "converted"):
+        stored = getattr(QuantizedCache(model).layers[0], f"stored_{role}s")
+        for part in x.split(sizes, dim=2):
+            stored.append(part)
+        assert torch.equal(stored.append(x[..., :0, :]), seen)
+        assert torch.equal(getattr(kv, f"{role}s")(x, 0), seen)
+        qat.convert(model)
+
+
+def check(model, role, *sizes):
+    if role in ("key", "value"):
+        check_cache(model, role, sizes)
+    elif role == "grad":
+        check_gradient(model, torch.randn(sum(sizes), FEATURES))
+    else:
+        check_layer(model, role, torch.randn(sum(sizes), FEATURES))
+
+
+def test_every_role_is_served_as_it_trains_or_refused(path, role):
+    model = served_or_refused(path, role)
+    if model is not None:
+        check(model, role, 33, 0, 1, 36)
+
+
+def test_every_role_takes_one_token_and_none(path, role):
+    for tokens in (1, 0):
+        model = served_or_refused(path, role)
+        if model is not None:
+            check(model, role, tokens)
+
+
+def test_the_role_in_the_command_of_a_config_is_served(path):
+    """So that not everything can be refused."""
+    command = path.read_text().splitlines()[0]
+    (role,) = re.findall(r"quantizer@scheme\.(?:kv\.)?(\w+)=", command)
+    assert served(path, role) is not None

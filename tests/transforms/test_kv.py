@@ -134,7 +134,7 @@ class Unnamed(Quantizer):
         (Unnamed, "is for weights: no named rule"),
         (partial(INT4, bitz=3), "refused its options.*bitz"),
         (NVFP4Quantizer, "NVFP4Quantizer is for weights: .* take mxfp4"),
-        (partial(VectorQuantizer, granularity="per_tensor"), "vector codebooks .* are for weights; take kmeans"),
+        (partial(VectorQuantizer, granularity="per_tensor"), "vector codebooks .* are for weights; take minmax_token"),
         (partial(INT4, rounding="stochastic"), "random rounding is for gradients, .* set rounding=nearest"),
     ],
     ids=[

@@ -221,7 +221,7 @@ class Unnamed(Quantizer):
         (partial(TableQuantizer, granularity="per_token", double_quant=True), "set double_quant=false"),
         (
             partial(VectorQuantizer, bits=2, granularity="per_tensor"),
-            "vector codebooks .* are for weights; take kmeans",
+            "vector codebooks .* are for weights; take minmax_token",
         ),
         (partial(MinMaxQuantizer, granularity="per_channel_-1"), "would span the tokens of a call, .* take per_token"),
         (RANDOM8, "random rounding is for gradients, .* set rounding=nearest"),
