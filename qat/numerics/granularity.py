@@ -152,7 +152,9 @@ class PerBlock(Granularity):
 
     def param_shape(self, shape: Shape) -> tuple[int, ...]:
         if len(shape) < 2:
-            raise InputError(f"{self} needs a tensor of at least two dimensions, got shape {list(shape)}.")
+            raise InputError(
+                f"{self} needs at least two dimensions, got shape {list(shape)}: take per_token or per_group_N."
+            )
         _check_divides(self.rows, shape[-2], "block height")
         _check_divides(self.columns, shape[-1], "block width")
         return (*shape[:-2], shape[-2] // self.rows, shape[-1] // self.columns)
