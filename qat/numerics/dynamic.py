@@ -33,7 +33,7 @@ def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     The zero point comes first, then the least scale by which both extremes lie on the grid: scale =
     max(largest / (high - zero_point), -smallest / (zero_point - low)). Were the scale (largest - smallest) / (high -
     low), rounding the zero point would move one end of the data beyond the grid, where nothing has a gradient and
-    stochastic rounding is biased.
+    stochastic rounding is biased. The price is a coarser scale: by half at most with 2 bits, by 7 % with 4.
     """
     low, high = format.range()
     smallest, largest = _extremes(view)
