@@ -90,20 +90,17 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
     parser.add_argument("--work", type=Path, default=Path("outputs/grids"), help="where rows and the fp model are kept")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--together", type=int, default=1, help="models that share the device")
     parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     texts = windows(options.texts, LENGTH)
     fp = [(FP, rate) for rate in RATES]
     grids = [arm for grid in options.grids for arm in arms_of(grid)]
-    for arms in (fp, grids):
-        missing = [arm for arm in arms if not _row(options.work, arm).is_file()]
-        for begin in range(0, len(missing), options.together):
-            run(missing[begin : begin + options.together], texts, options)
+    for arm in fp + grids:
+        if not _row(options.work, arm).is_file():
+            run(arm, texts, options)
     rows = [json.loads(_row(options.work, arm).read_text()) for arm in fp + grids]
-    command = f"python -m benchmarks.grids --texts TEXTS --steps {options.steps} --together {options.together}"
-    record("grids", command, rows)
+    record("grids", f"python -m benchmarks.grids --texts TEXTS --steps {options.steps}", rows)
 
 
 def arms_of(grid: str) -> list[Arm]:
@@ -115,29 +112,26 @@ def arms_of(grid: str) -> list[Arm]:
     return [(grid, RATES[2] if bits <= 2 else RATES[1] if bits == 3 else RATES[0])]
 
 
-def run(arms: list[Arm], texts: tuple[Tensor, Tensor], options: argparse.Namespace) -> None:
-    """Train some arms side by side and write their rows."""
+def run(arm: Arm, texts: tuple[Tensor, Tensor], options: argparse.Namespace) -> None:
+    """Train one arm and write its row."""
+    grid, rate = arm
     train, val = texts
-    models = [quantized(load(), grid) for grid, _ in arms]
-    fit(models, [rate for _, rate in arms], train, options.steps)
-    for (grid, rate), model in zip(arms, models, strict=True):
-        row: dict[str, Any] = {"grid": grid, "model": MODEL, "text": "wiki106.val", "learning_rate": rate}
-        row |= {"steps": options.steps, "tokens": options.steps * BATCH * LENGTH}
-        if grid == FP:
-            row |= {"bits_per_weight": 32.0, "ppl_untrained": perplexity(load(), val), "ppl_fp": perplexity(model, val)}
-            with replaced_file(_weights(options.work, rate)) as temporary:
-                torch.save(model.state_dict(), temporary)
-        else:
-            ppl_fp, best = min(
-                (json.loads(_row(options.work, (FP, rate)).read_text())["ppl_fp"], rate) for rate in RATES
-            )
-            tuned = torch.load(_weights(options.work, best), map_location="cpu", weights_only=True)
-            rounded = quantized(load(tuned), grid)
-            row |= {"bits_per_weight": bits_per_weight(rounded), "ppl_fp": ppl_fp}
-            row |= {"ppl_rtn": perplexity(rounded, val), "ppl_qat": perplexity(model, val)}
-        with replaced_file(_row(options.work, (grid, rate))) as temporary:
-            temporary.write_text(json.dumps(row))
-        print(row, flush=True)
+    model = fit(quantized(load(), grid), rate, train, options.steps)
+    row: dict[str, Any] = {"grid": grid, "model": MODEL, "text": "wiki106.val", "learning_rate": rate}
+    row |= {"steps": options.steps, "tokens": options.steps * BATCH * LENGTH}
+    if grid == FP:
+        row |= {"bits_per_weight": 32.0, "ppl_untrained": perplexity(load(), val), "ppl_fp": perplexity(model, val)}
+        with replaced_file(_weights(options.work, rate)) as temporary:
+            torch.save(model.state_dict(), temporary)
+    else:
+        ppl_fp, best = min((json.loads(_row(options.work, (FP, each)).read_text())["ppl_fp"], each) for each in RATES)
+        tuned = torch.load(_weights(options.work, best), map_location="cpu", weights_only=True)
+        rounded = quantized(load(tuned), grid)
+        row |= {"bits_per_weight": bits_per_weight(rounded), "ppl_fp": ppl_fp}
+        row |= {"ppl_rtn": perplexity(rounded, val), "ppl_qat": perplexity(model, val)}
+    with replaced_file(_row(options.work, arm)) as temporary:
+        temporary.write_text(json.dumps(row))
+    print(row, flush=True)
 
 
 def quantized(model: nn.Module, grid: str) -> nn.Module:

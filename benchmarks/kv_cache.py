@@ -56,12 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--together", type=int, default=1, help="models that share the device")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="lengths to measure memory at")
     options = parser.parse_args()
     rows = accuracy(options) + [memory(layout, tokens) for tokens in options.tokens for layout in LAYOUTS]
-    command = f"python -m benchmarks.kv_cache --texts TEXTS --steps {options.steps} --together {options.together}"
-    record("kv_cache", command, rows)
+    record("kv_cache", f"python -m benchmarks.kv_cache --texts TEXTS --steps {options.steps}", rows)
 
 
 def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -75,12 +73,8 @@ def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({"scheme": scheme, "arm": arm, "ppl": perplexity(model, val)} | shared)
         print(rows[-1], flush=True)
 
-    trained = {name: qat.prepare(load(), SCHEMES[name]) for name in TRAINED} | {FP: load()}
-    names = list(trained)
-    for begin in range(0, len(names), options.together):
-        some = [trained[name] for name in names[begin : begin + options.together]]
-        fit(some, [RATE] * len(some), train, options.steps)
-    tuned = trained.pop(FP)
+    tuned = fit(load(), RATE, train, options.steps)
+    trained = {name: fit(qat.prepare(load(), SCHEMES[name]), RATE, train, options.steps) for name in TRAINED}
     add(FP, "trained", tuned)
     for name, scheme in SCHEMES.items():
         add(name, "rounded", qat.prepare(load(tuned.state_dict()), scheme))

@@ -2,12 +2,12 @@
 
 SmolLM2-135M off its grid, Adam, 8 x 512 tokens a step, bf16 autocast, cosine to a tenth; one seed. Perplexity is over
 512-token windows. On a GPU a model of this size waits for kernel launches, so that its steps are replays of a CUDA
-graph, and several models train side by side in one process.
+graph.
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 
@@ -44,17 +44,17 @@ def _untrained() -> nn.Module:
     return rotate_(load_smollm2("~/.cache/lightning-qat").model)
 
 
-def fit(models: Sequence[nn.Module], rates: Sequence[float], train: Tensor, steps: int) -> None:
-    """Train each model with its peak learning rate, side by side, on the same windows in the same order."""
+def fit(model: nn.Module, rate: float, train: Tensor, steps: int) -> nn.Module:
+    """Train with the peak learning rate `rate` on the same windows in the same order, whatever the model; returns it."""
     torch.manual_seed(0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)
-    trainings = [_Training(model, rate) for model, rate in zip(models, rates, strict=True)]
-    for index in track(range(steps), description=f"training {len(models)}"):
-        for training in trainings:
-            training.step(index, steps, batches[index])
+    training = _Training(model, rate)
+    for index in track(range(steps), description="training"):
+        training.step(index, steps, batches[index])
     if device().type == "cuda":
         torch.cuda.synchronize()
+    return model
 
 
 class _Training:

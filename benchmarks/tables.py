@@ -109,7 +109,7 @@ def kv_memory(rows: Rows) -> str:
 
 
 def kmeans_fit(rows: Rows) -> str:
-    """Seconds to fit and milliseconds to refresh codebooks, for a billion weights."""
+    """Seconds to fit and to refresh codebooks, for a billion weights."""
     headings = ("codebooks", "entries", "weights are", "seconds to fit", "above the optimum", "seconds to refresh")
     lines = [_line(*headings), _line("---", "--:", "---", *["--:"] * 3)]
     for row in rows:

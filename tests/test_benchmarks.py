@@ -33,7 +33,7 @@ def results(monkeypatch, tmp_path):
 
 
 def run(monkeypatch, module, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", "--steps", "3", "--together", "2", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", "--steps", "3", *arguments])
     module.main()
 
 
