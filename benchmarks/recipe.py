@@ -45,7 +45,7 @@ def _untrained() -> nn.Module:
 
 
 def fit(model: nn.Module, rate: float, train: Tensor, steps: int) -> nn.Module:
-    """Train with the peak learning rate `rate` on the same windows in the same order, whatever the model; returns it."""
+    """Train `model` with the peak learning rate `rate`; the windows and their order are the same for every model."""
     torch.manual_seed(0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)

@@ -46,8 +46,7 @@ def main() -> None:
 def _compose_and_run() -> None:
     # Hydra then raises what goes wrong while composing, instead of printing it, and `_explain` words the message.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = resumed_arguments(sys.argv[1:])
-    sys.argv[1:] = _flags_first(sys.argv[1:])
+    sys.argv[1:] = _flags_first(resumed_arguments(sys.argv[1:]))
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(_task)()
 
 

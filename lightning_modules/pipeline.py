@@ -120,7 +120,7 @@ class Job:
         if not math.isfinite(perplexity) and row in (TRAINED, TUNED):
             raise InputError(
                 f"The perplexity is {perplexity} after training, which therefore diverged: nothing was exported. Lower "
-                "optimizer.lr, or train longer with fewer bits."
+                "optimizer.lr, or take more bits."
             )
         self.report.add(row, step=step, perplexity=perplexity, bits_per_weight=bits, mib=mib)
         self._say(f"{row}: perplexity {perplexity:.2f}")
@@ -138,7 +138,8 @@ class Job:
         except Exception:  # an architecture that cannot be built twice is found out later
             return
         prepare(shadow, scheme, initialize=False)
-        longest = max((kv.window + kv.key_schedule.group for _, _, kv in kv_layers(shadow)), default=0)
+        groups = [max(kv.key_schedule.group, kv.value_schedule.group) for _, _, kv in kv_layers(shadow)]
+        longest = scheme.kv.window + max(groups) if scheme.kv is not None and groups else 0
         if longest > self.cfg.data.sequence_length:
             raise InputError(
                 f"No token would leave the window of the KV cache: it and a group are {longest} tokens, "

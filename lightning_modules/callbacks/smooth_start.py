@@ -38,8 +38,10 @@ class SmoothStart(Callback):
                 f"callbacks.smooth_start ends after {self.delay_steps + self.ramp_steps} steps, the training after "
                 f"{steps}: nothing would train on what ships. Shorten it, or raise trainer.max_steps."
             )
-        self._quantizers = activation_quantizers(pl_module) if self.delay_steps or self.ramp_steps else []
-        if (self.delay_steps or self.ramp_steps) and not self._quantizers:
+        if not self.delay_steps and not self.ramp_steps:
+            return
+        self._quantizers = activation_quantizers(pl_module)
+        if not self._quantizers:
             raise InputError(
                 "callbacks.smooth_start is for activations, keys and values, and the scheme quantizes none: choose "
                 "scheme=w4a8, or leave its steps 0."

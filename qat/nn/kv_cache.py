@@ -130,7 +130,7 @@ def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
     replacing it here is enough. While training or calibrating, a call without a cache gets none from here.
 
     Raises:
-        InputError: for a cache of another kind or model, or a default one that holds tokens already.
+        InputError: for a cache of another kind, an empty one of another model, or a default one that holds tokens.
     """
     if next(kv_layers(decoder), None) is None:
         return args, kwargs  # its quantizers were taken away for a while
@@ -142,7 +142,9 @@ def use_quantized_cache(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[
         busy = decoder.training or any(kv.is_observing for _, _, kv in kv_layers(decoder))
         cache = QuantizedCache(decoder) if wanted and not busy else None
     elif isinstance(given, QuantizedCache):
-        given.check_serves(decoder)
+        # While it is empty: walking the model at every token of a generation would show in its time.
+        if given.get_seq_length() == 0:
+            given.check_serves(decoder)
         cache = given
     else:
         cache = _in_place_of(given, decoder)
