@@ -16,7 +16,13 @@ from qat.scratch import scratch
 
 
 def fake_quantized_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, qparams: QParams, format: Format, granularity: Granularity
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    qparams: QParams,
+    format: Format,
+    granularity: Granularity,
+    clip: bool = True,
 ) -> Tensor:
     """y = x @ fake_quantize(weight)^T + bias.
 
@@ -27,6 +33,7 @@ def fake_quantized_linear(
         x: `[..., in]`.
         weight: `[out, in]`.
         bias: `[out]` or None.
+        clip: whether weights beyond the grid get no gradient; where they set the scale themselves, they need it.
 
     Returns:
         y `[..., out]`, in the dtype of x, or of autocast where that is on.
@@ -35,7 +42,7 @@ def fake_quantized_linear(
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
-    return _FakeQuantizedLinear.apply(x, weight, bias, granularity, *grid)
+    return _FakeQuantizedLinear.apply(x, weight, bias, granularity, clip, *grid)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -49,11 +56,11 @@ class _FakeQuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, granularity: Granularity, *grid: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, granularity: Granularity, clip: bool, *grid: Any
     ) -> Tensor:
         codes = ops.quantize_view(granularity.view(weight), *grid)
         *params, ctx.format = grid
-        ctx.granularity = granularity
+        ctx.granularity, ctx.clip = granularity, clip
         ctx.save_for_backward(x, weight, codes, *params)
         w_hat = _room_for(codes, x.dtype, ctx.format)
         ops.dequantize_view_(codes, w_hat, *grid)
@@ -63,7 +70,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, codes, *params = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, *need_params, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, _, *need_params, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
         w_hat = _room_for(codes, dy.dtype, ctx.format) if need_x else None
@@ -72,12 +79,13 @@ class _FakeQuantizedLinear(torch.autograd.Function):
             view = ctx.granularity.view
             dw_hat = rows.T @ x.reshape(-1, x.shape[-1])
             needs = (need_weight, *need_params)
-            found = ops.gradients_(view(dw_hat), view(weight), codes, w_hat, needs, *params, ctx.format)
+            grid = (*params, ctx.format)
+            found = ops.gradients_(view(dw_hat), view(weight), codes, w_hat, needs, *grid, clip=ctx.clip)
         elif w_hat is not None:
             ops.dequantize_view_(codes, w_hat, *params, ctx.format)
         dx = None if w_hat is None else dy @ ctx.granularity.unview(w_hat, weight.shape)
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
-        return dx, dweight, dbias, None, *found[1:], None
+        return dx, dweight, dbias, None, None, *found[1:], None
 
 
 def _room_for(codes: Tensor, dtype: torch.dtype, format: str) -> Tensor:

@@ -132,13 +132,14 @@ torch.library.register_autograd("qat::fake_quantize", _backward, setup_context=_
 
 
 def gradients_(
-    grad: Tensor, x: Tensor, codes: Tensor, x_hat: Tensor | None, needs: Sequence[bool], *grid: Any
+    grad: Tensor, x: Tensor, codes: Tensor, x_hat: Tensor | None, needs: Sequence[bool], *grid: Any, clip: bool = True
 ) -> tuple[Tensor | None, ...]:
     """Gradients to x, scale, zero point and codebook as autograd wants them: None where not needed.
 
     `grad`, the gradient of x_hat, is overwritten by the gradient of x; `x_hat`, if given, by the values of the codes.
+    Without `clip` the gradient of x is that of x_hat, also beyond the grid.
     """
-    clips = needs[0] and parse_format(grid[-1]).saturates
+    clips = clip and needs[0] and parse_format(grid[-1]).saturates
     if clips or x_hat is not None or any(needs[1:]):
         found = _fake_quantize_backward_(grad, x, codes, x_hat, [clips, *needs[1:]], *grid)
     else:

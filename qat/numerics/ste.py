@@ -3,17 +3,30 @@
 Estimating or Propagating Gradients Through Stochastic Neurons (Bengio et al., arXiv 1308.3432).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
 def straight_through(v: Tensor, v_hat: Tensor) -> Tensor:
-    """Return `v_hat` exactly, with the gradient of `v` added to its own.
+    """Return `v_hat`, bit for bit; what comes back as its gradient goes to `v` too.
 
-    The form `v_hat + (v - v.detach())` matters: the bracket is exactly zero, so that no bit of `v_hat` changes, while
-    `v + (v_hat - v).detach()` would round. A `v_hat` that depends on parameters (a codebook) keeps their gradient.
+    A `v_hat` that depends on parameters (a codebook) keeps their gradient.
     """
-    return v_hat + (v - v.detach())
+    return _StraightThrough.apply(v, v_hat)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """v_hat + (v - v.detach()), without its two passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, v_hat: Tensor) -> Tensor:
+        return v_hat.view_as(v_hat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
 
 
 def round_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:

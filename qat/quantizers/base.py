@@ -109,7 +109,15 @@ class Quantizer(KeepsDtype, ABC):
         return x_hat if strength == 1 else torch.lerp(x, x_hat, strength)
 
     def _fake_quantized(self, x: Tensor) -> Tensor:
-        return ops.fake_quantize(x, self.ready_qparams(x), self.format, self.granularity)
+        qparams = self.ready_qparams(x)
+        if self.clips:
+            return ops.fake_quantize(x, qparams, self.format, self.granularity)
+        return straight_through(x, ops.fake_quantize(x.detach(), qparams, self.format, self.granularity))
+
+    @property
+    def clips(self) -> bool:
+        """Whether x beyond the grid gets no gradient. It does where the scale follows from x, which alone moves it."""
+        return self.rule is None
 
     def _drawn(self, x: Tensor) -> Tensor:
         """Stochastically rounded values, straight through."""
@@ -119,7 +127,8 @@ class Quantizer(KeepsDtype, ABC):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
-        return fake_quantized_linear(x, weight, bias, self.ready_qparams(weight), self.format, self.granularity)
+        qparams = self.ready_qparams(weight)
+        return fake_quantized_linear(x, weight, bias, qparams, self.format, self.granularity, self.clips)
 
     @final
     @torch.no_grad()

@@ -58,6 +58,8 @@ class NVFP4Quantizer(Quantizer):
         bits: 4.
     """
 
+    clips = False  # both levels follow from x
+
     def __init__(
         self, shape: Sequence[int], bits: int | None = None, granularity: str | Granularity = "per_group_16"
     ) -> None:

@@ -27,9 +27,10 @@ _OBSERVERS: dict[str, Callable[[], Observer]] = {
 class MinMaxQuantizer(Quantizer):
     """Integers or small floats scaled to the extremes of each group (LLM-QAT, arXiv 2305.17888).
 
-    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: an integer zero point that splits the
-    steps between both sides of zero as they need them, and the least scale with which no x lies beyond the grid.
-    Gradients pass straight through to x; the extremes are taken as constants.
+    symmetric: scale = max|x| / highest grid value. Asymmetric, for integers: scale = (max x - min x) / (2^bits - 1)
+    and an integer zero point, whose rounding leaves one extreme up to half a step beyond the grid.
+    Gradients pass straight through to x, to that extreme too; the scales are taken as constants. Static scales clip:
+    what lies beyond them has no gradient.
 
     Args:
         shape: shape of the tensor, see `Quantizer`.
@@ -41,7 +42,8 @@ class MinMaxQuantizer(Quantizer):
             `moving_average` those of each batch in turn (arXiv 1712.05877), `percentile` cuts off the tails, `mse`
             clips where the squared error is least.
         percentile: the share of x, in percent, that observer=percentile leaves unclipped.
-        rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients.
+        rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients, and symmetric ones, since
+            nothing beyond the grid is its own expectation.
     """
 
     scale: Tensor
@@ -66,6 +68,11 @@ class MinMaxQuantizer(Quantizer):
         if not 50 < percentile <= 100:
             raise InputError(f"percentile is {percentile}; it lies above 50 and up to 100: set it to 99.9.")
         self.stochastic = is_stochastic(rounding)
+        if self.stochastic and not symmetric:
+            raise InputError(
+                "Stochastic rounding would be biased at the end of the grid that a zero point moves inside the data: "
+                "set symmetric=true, or rounding=nearest."
+            )
         self.observer_kind, self.percentile = observer, percentile
         self._rule = "absmax" if symmetric else "minmax"
         self.rule = self._rule if dynamic else None

@@ -136,6 +136,7 @@ def test_centroids_that_cross_keep_an_ascending_grid():
         (lambda: MinMaxQuantizer((4, 64), format="vector16x2"), "take KMeansQuantizer or TableQuantizer"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m2"), "Did you mean 'fp8_e"),
         (lambda: MinMaxQuantizer((4, 64), format="fp8_e4m3", symmetric=False), "set symmetric=true"),
+        (lambda: MinMaxQuantizer((4, 64), symmetric=False, rounding="stochastic"), "be biased .* set symmetric=true"),
         (lambda: MinMaxQuantizer((4, 64), observer="mean"), "no observer 'mean'"),
         (lambda: MinMaxQuantizer((4, 64), percentile=0.999), "set it to 99.9"),
         (lambda: MinMaxQuantizer((4, 64), rounding="random"), "no rounding 'random'"),

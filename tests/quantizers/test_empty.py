@@ -18,7 +18,7 @@ from qat.quantizers import (
 DYNAMIC = {
     "absmax": MinMaxQuantizer,
     "minmax": partial(MinMaxQuantizer, bits=4, symmetric=False),
-    "stochastic": partial(MinMaxQuantizer, bits=4, symmetric=False, rounding="stochastic"),
+    "stochastic": partial(MinMaxQuantizer, bits=4, rounding="stochastic"),
     "floats": partial(MinMaxQuantizer, format="fp8_e4m3"),
     "microscaling": MicroscalingQuantizer,
     "table": TableQuantizer,
