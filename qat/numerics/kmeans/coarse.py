@@ -16,6 +16,8 @@ _LEAST_BINS, _BINS_A_CLUSTER = 64, 8
 MOST_CLUSTERS = 16
 # In place of no mass at all, as a divisor of zero.
 _NOTHING = 1e-300
+# Of the pairs of edges half are backwards; in so many blocks, all but an eighth of those are never looked at.
+_COLUMN_BLOCKS = 8
 
 
 def bins_for(clusters: int) -> int:
@@ -27,22 +29,39 @@ def optimum(data: Moments, clusters: int) -> Tensor:
     """Edges `[rows, clusters + 1]` of the intervals with the least squared error: dynamic programming on the bins.
 
     least[k][j] = min over i of least[k - 1][i] + cost(i, j), where cost is the squared error of one cluster of the
-    bins i ... j - 1. Only the totals are kept; the way back is found again for the one column that it passes.
+    bins i ... j - 1. Only the totals are kept; the way back is found again for the one column that it passes. Rows come
+    last in memory, so that every pass is over numbers side by side.
     """
     edges = _bin_edges(data, bins_for(clusters))
     cost = _costs(data, edges)
-    sums = scratch("sums", cost.shape, cost.dtype, cost.device)
-    least = [cost[:, 0].clone()]
-    for _ in range(clusters - 1):
-        least.append(torch.add(cost, least[-1][:, :, None], out=sums).amin(1))
-    at = torch.full((len(edges), 1), edges.shape[1] - 1, device=edges.device)
+    least = [cost[0].clone()]
+    for _ in range(clusters - 2):
+        least.append(_one_more(least[-1], cost))
+    size, _, rows = cost.shape
+    at = torch.full((1, rows), size - 1, device=edges.device)
     path = []
-    for before in reversed(least[:-1]):
-        column = cost.gather(2, at[:, None].expand(-1, cost.shape[1], 1)).squeeze(2)
-        at = (before + column).argmin(1, keepdim=True)
+    for before in reversed(least[: clusters - 1]):
+        column = cost.gather(1, at.expand(size, 1, rows)).squeeze(1)
+        at = (before + column).argmin(0, keepdim=True)
         path.append(at)
-    chosen = torch.cat(path[::-1], dim=1) if path else at[:, :0]
-    return edges.gather(1, with_ends(chosen, edges.shape[1] - 1))
+    chosen = torch.cat(path[::-1]) if path else at[:0]
+    return edges.gather(1, with_ends(chosen.T, size - 1))
+
+
+def _one_more(least: Tensor, cost: Tensor) -> Tensor:
+    """The least error of every prefix `[edges, rows]`, with one cluster more than in `least`."""
+    found = torch.empty_like(least)
+    for begin, end in _column_blocks(len(cost)):
+        block = cost[:end, begin:end]
+        sums = torch.add(block, least[:end, None], out=scratch("sums", block.shape, block.dtype, block.device))
+        torch.amin(sums, 0, out=found[begin:end])
+    return found
+
+
+def _column_blocks(size: int) -> list[tuple[int, int]]:
+    """Cut a matrix `[i, j]` of which only i <= j counts by its columns: each block has no use for i beyond its end."""
+    width = -(-size // _COLUMN_BLOCKS)
+    return [(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
 
 def _bin_edges(data: Moments, bins: int) -> Tensor:
@@ -63,7 +82,7 @@ def _bin_edges(data: Moments, bins: int) -> Tensor:
 
 
 def _costs(data: Moments, edges: Tensor) -> Tensor:
-    """Squared error of one cluster of the bins i ... j - 1, `[rows, i, j]` in float32; infinite where i > j.
+    """Squared error of one cluster of the bins i ... j - 1, `[i, j, rows]` in float32; infinite where i > j.
 
     Every bin counts as its mean: what it spreads inside is the same for all choices. Values are relative to the row's
     range, so that squares neither vanish nor overflow; float64 until all differences are taken.
@@ -74,19 +93,21 @@ def _costs(data: Moments, edges: Tensor) -> Tensor:
     moment = (moment - mass * centre) / torch.where(spread > 0, spread, 1)
     heap, sums = mass.diff(dim=1), moment.diff(dim=1)
     squares = torch.nn.functional.pad(_squared_over(sums, heap).cumsum(1), (1, 0))
-    square, total, weight = (_pairs(name, f) for name, f in (("square", squares), ("total", moment), ("weight", mass)))
-    error = square.addcdiv_(total.square_(), weight.clamp_(min=_NOTHING), value=-1)
-    cost = scratch("cost", error.shape, torch.float32, error.device).copy_(error)
-    size = cost.shape[1]
-    backwards = torch.ones(size, size, dtype=torch.bool, device=cost.device).tril(-1)
-    return cost.masked_fill_(backwards, torch.inf)
+    running = [(name, field.T.contiguous()) for name, field in (("square", squares), ("sum", moment), ("mass", mass))]
+    rows, size = edges.shape
+    cost = scratch("cost", torch.Size((size, size, rows)), torch.float32, edges.device)
+    for begin, end in _column_blocks(size):
+        square, total, weight = (_pairs(name, field[:end], field[begin:end]) for name, field in running)
+        cost[:end, begin:end] = square.addcdiv_(total.square_(), weight.clamp_(min=_NOTHING), value=-1)
+        for j in range(begin, end):
+            cost[j + 1 :, j] = torch.inf
+    return cost
 
 
-def _pairs(name: str, running: Tensor) -> Tensor:
-    """Differences `[rows, i, j]` of running sums `[rows, edges]`: what lies between edge i and edge j."""
-    rows, edges = running.shape
-    out = scratch(name, torch.Size((rows, edges, edges)), running.dtype, running.device)
-    return torch.sub(running[:, None, :], running[:, :, None], out=out)
+def _pairs(name: str, start: Tensor, end: Tensor) -> Tensor:
+    """Differences `[i, j, rows]` of running sums: what lies between start i and end j."""
+    out = scratch(name, torch.Size((len(start), *end.shape)), end.dtype, end.device)
+    return torch.sub(end[None], start[:, None], out=out)
 
 
 def _squared_over(total: Tensor, mass: Tensor) -> Tensor:
