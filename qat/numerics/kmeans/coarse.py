@@ -2,7 +2,7 @@
 
 Lloyd's algorithm from a start that only knows mean and deviation ends 1 to 4 % above the least squared error for normal
 rows, 10 to 50 % for heavy-tailed ones (2048 values, 8 to 16 clusters), and several times above it for groups of 64.
-From the optimum of the row cut into 8 bins a cluster it ends within 0.4 % of it.
+From the optimum of the row cut into 7 bins a cluster it ends within 0.4 % of it.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from qat.numerics.kmeans.moments import Moments, with_ends
 from qat.scratch import scratch
 
-_LEAST_BINS, _BINS_A_CLUSTER = 64, 8
+_LEAST_BINS, _BINS_A_CLUSTER = 64, 7
 # More clusters than this, and a row would need more bins than the quadratic search can afford.
 MOST_CLUSTERS = 16
 # In place of no mass at all, as a divisor of zero.
@@ -99,8 +99,9 @@ def _costs(data: Moments, edges: Tensor) -> Tensor:
     for begin, end in _column_blocks(size):
         square, total, weight = (_pairs(name, field[:end], field[begin:end]) for name, field in running)
         cost[:end, begin:end] = square.addcdiv_(total.square_(), weight.clamp_(min=_NOTHING), value=-1)
-        for j in range(begin, end):
-            cost[j + 1 :, j] = torch.inf
+        cost[end:, begin:end] = torch.inf
+        backwards = torch.ones(end - begin, end - begin, dtype=torch.bool, device=cost.device).tril(-1)
+        cost[begin:end, begin:end].masked_fill_(backwards[:, :, None], torch.inf)
     return cost
 
 
