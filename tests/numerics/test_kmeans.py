@@ -200,3 +200,10 @@ def test_bad_weights_are_refused():
         kmeans_1d(x, 2, torch.rand(2, 9))
     with pytest.raises(InputError, match="negative values or NaN"):
         kmeans_1d(x, 2, -torch.rand(2, 10))
+
+
+def test_bfloat16_rows_sort_by_their_bits():
+    x = (torch.randn(5, 300) * 10 ** torch.linspace(-38, 38, 300)).bfloat16()
+    x[:, ::7] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38], dtype=torch.bfloat16)[:, None]
+    for found, expected in zip(moments_of(x), moments_of(x.float()), strict=True):
+        assert torch.equal(found, expected)

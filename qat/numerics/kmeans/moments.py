@@ -64,20 +64,29 @@ def moments_of(x: Tensor, weights: Tensor | None = None) -> Moments:
     A row whose weights are all zero is weighted evenly: there is nothing to tell its values apart.
     """
     rows, n = x.shape
-    x = x.to(torch.float32).contiguous()
     if weights is None:
         values = _sorted(x)
         mass = torch.arange(n + 1, dtype=torch.float64, device=x.device).expand(rows, -1)
         return Moments(values, mass, _running_sum(values))
-    values, order = x.sort(dim=1)
+    values, order = x.to(torch.float32).sort(dim=1)
     own = weights.to(torch.float64).gather(1, order)
     own = torch.where(own.sum(1, keepdim=True) > 0, own, 1.0)
     return Moments(values, _running_sum(own), _running_sum(own * values))
 
 
 def _sorted(x: Tensor) -> Tensor:
-    """Rows in ascending order. On a CPU numpy's vectorised sort takes 1 to 10 ns a value, torch's 25 to 50."""
-    return torch.from_numpy(np.sort(x.numpy(), axis=1)) if x.device.type == "cpu" else x.sort(dim=1).values
+    """Rows in ascending order, in float32. On a CPU numpy's sort takes 1 to 10 ns a value, torch's 25 to 50."""
+    if x.device.type != "cpu":
+        return x.to(torch.float32).sort(dim=1).values
+    if x.dtype == torch.bfloat16:  # as 16-bit integers, by radix: three times as fast
+        ranks = np.sort(_flipped(x.contiguous().view(torch.int16)).numpy(), axis=1, kind="stable")
+        return _flipped(torch.from_numpy(ranks)).view(torch.bfloat16).to(torch.float32)
+    return torch.from_numpy(np.sort(x.to(torch.float32).numpy(), axis=1))
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Bits of bfloat16 numbers to integers in the order of the numbers, and back."""
+    return bits ^ (bits >> 15 & 0x7FFF)
 
 
 def _running_sum(x: Tensor) -> Tensor:
