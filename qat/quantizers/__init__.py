@@ -1,6 +1,7 @@
 """Quantizers: how scale, zero point and codebook are obtained."""
 
 from qat.quantizers.base import NoQuantizer, Quantizer
+from qat.quantizers.fixed import FixedQuantizer
 from qat.quantizers.kmeans import KMeansQuantizer
 from qat.quantizers.lsq import LSQQuantizer
 from qat.quantizers.microscaling import MicroscalingQuantizer, NVFP4Quantizer
@@ -9,6 +10,7 @@ from qat.quantizers.table import TableQuantizer
 from qat.quantizers.vector import VectorQuantizer
 
 __all__ = [
+    "FixedQuantizer",
     "KMeansQuantizer",
     "LSQQuantizer",
     "MicroscalingQuantizer",

@@ -40,6 +40,7 @@ class Quantizer(KeepsDtype, ABC):
         observer: set while calibrating; x then passes through unchanged and is only looked at.
         stochastic: whether codes are drawn at random so that their expectation is x: for gradients.
         codebook_dtype: how codebooks are stored, where not as scales are.
+        enabled: whether it quantizes in forward passes; `qat.transforms.plain` switches it off for a while.
         strength: share of the quantization error that training sees, from 0 to 1; evaluation always sees all of it.
     """
 
@@ -47,6 +48,7 @@ class Quantizer(KeepsDtype, ABC):
     stochastic: bool = False
     codebook_dtype: torch.dtype | None = None
     strength: float = 1.0
+    enabled: bool = True
 
     def __init__(
         self, shape: Sequence[int], format: Format, granularity: str | Granularity, scale_dtype: str = "bfloat16"
@@ -103,7 +105,7 @@ class Quantizer(KeepsDtype, ABC):
             self.observer.update(self.granularity.view(x.detach()))
             return x
         strength = self.strength if self.training else 1.0
-        if strength == 0:
+        if strength == 0 or not self.enabled:
             return x
         x_hat = self._drawn(x) if self.stochastic else self._fake_quantized(x)
         return x_hat if strength == 1 else torch.lerp(x, x_hat, strength)
@@ -127,6 +129,8 @@ class Quantizer(KeepsDtype, ABC):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
+        if not self.enabled:
+            return F.linear(x, weight, bias)
         qparams = self.ready_qparams(weight)
         return fake_quantized_linear(x, weight, bias, qparams, self.format, self.granularity, self.clips)
 

@@ -2,6 +2,7 @@
 
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
+from qat.transforms.gptq import gptq
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
 from qat.transforms.prepare import prepare
@@ -15,6 +16,7 @@ __all__ = [
     "codebooks",
     "convert",
     "fisher",
+    "gptq",
     "hessian",
     "is_quantized",
     "prepare",

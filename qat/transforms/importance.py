@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.nn import QuantLayer, QuantLinear
-from qat.nn.kv_quantizer import kv_layers
-from qat.quantizers import KMeansQuantizer, NoQuantizer, Quantizer
+from qat.quantizers import KMeansQuantizer
 from qat.transforms.layers import codebooks, quant_layers
+from qat.transforms.plain import full_precision
 
 _NO_DATA = "The codebooks have no data to find an importance from: set calibration_batches to 1 or more."
 _NO_CODEBOOK = (
@@ -40,7 +40,7 @@ def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for _, weight, _ in _fitted(model)}
     if not sums:
         raise InputError(_NO_CODEBOOK.format(name="fisher", where=""))
-    with _full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
+    with full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
         hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
         try:
             count = sum(_backward(model, batch) for batch in batches)
@@ -72,7 +72,7 @@ def hessian(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     sums = {layer.weight: torch.zeros(layer.in_features, device=layer.weight.device) for layer in layers}
     if not sums:
         raise InputError(_NO_CODEBOOK.format(name="hessian", where=" of linear layers"))
-    with _full_precision(model):
+    with full_precision(model):
         hooks = [layer.register_forward_pre_hook(_input_squares_into(sums[layer.weight])) for layer in layers]
         try:
             count = sum(_forward(model, batch) for batch in batches)
@@ -98,29 +98,6 @@ def _fitted(model: nn.Module) -> Iterator[tuple[QuantLayer, Tensor, KMeansQuanti
     for layer, name, quantizer in codebooks(model):
         if quantizer.init == "kmeans":
             yield layer, getattr(layer, name), quantizer
-
-
-@contextmanager
-def _full_precision(model: nn.Module) -> Iterator[None]:
-    """No quantizer at work, of whatever tensor, and no dropout: what is measured is the model that is to be kept."""
-    instead: list[tuple[nn.Module, str, nn.Module | None]] = [
-        (layer, role, NoQuantizer())
-        for _, layer in quant_layers(model)
-        for role, child in layer.named_children()
-        if isinstance(child, Quantizer)
-    ]
-    instead += [(attention, "kv_quantizer", None) for _, attention, _ in kv_layers(model)]
-    kept = [(owner, role, getattr(owner, role)) for owner, role, _ in instead]
-    was_training = model.training
-    model.eval()
-    for owner, role, plain in instead:
-        setattr(owner, role, plain)
-    try:
-        yield
-    finally:
-        for owner, role, quantizer in kept:
-            setattr(owner, role, quantizer)
-        model.train(was_training)
 
 
 @contextmanager

@@ -1,0 +1,253 @@
+"""Walk through the blocks of a model one after the other, with the data that flows into each.
+
+Methods that look at activations (GPTQ, AWQ, rounding by gradient) need the inputs of one block at a time, as the
+blocks before it, quantized already, make them. So a model of any size needs the memory of one block on the device, and
+of the hidden states of the calibration data off it.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.atomic import replaced_file
+from qat.errors import InputError
+from qat.transforms.layers import quant_layers
+
+# Values of each weight that tell one model from another.
+_SAMPLE = 1024
+_NO_BLOCKS = (
+    "{kind} has no list of blocks (an nn.ModuleList, such as model.layers) with quantized layers in it, which this "
+    "transform goes through one by one."
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block: its hidden states `[batch, tokens, features]`, and whatever else it is given."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Block:
+    """One block on the device it computes on, and the calls that calibration makes of it.
+
+    Attributes:
+        name: as in `model.named_modules()`.
+        index, count: which of how many blocks it is.
+        calls: a call for each batch, held on `home`.
+    """
+
+    name: str
+    module: nn.Module
+    index: int
+    count: int
+    calls: list[Call]
+    device: torch.device
+
+    def run(self, call: Call) -> Tensor:
+        """The hidden states that leave the block."""
+        hidden, args, kwargs = _moved((call.hidden, call.args, call.kwargs), self.device)
+        output = self.module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+Work = Callable[[Block], None]
+
+
+def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that `model` consists of, and its name: the outermost one that holds quantized layers.
+
+    Raises:
+        InputError: if there is none.
+    """
+    quantized = [name for name, _ in quant_layers(model)]
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    held = {name: sum(layer.startswith(f"{name}.") for layer in quantized) for name, _ in lists}
+    best = max(lists, key=lambda entry: held[entry[0]], default=None)
+    if best is None or not held[best[0]]:
+        raise InputError(_NO_BLOCKS.format(kind=type(model).__name__))
+    return best
+
+
+def walk(
+    model: nn.Module,
+    batches: Iterable[Any],
+    work: Work,
+    title: str,
+    device: torch.device | str | None = None,
+    folder: str | Path | None = None,
+    key: str = "",
+) -> None:
+    """Call `work` for every block in turn; each sees the outputs of the finished ones before it.
+
+    Args:
+        model: prepared; its blocks are modules of one nn.ModuleList, called with hidden states first.
+        batches: mappings, passed to the model as keywords.
+        work: changes its block in place.
+        title: of the progress bar.
+        device: where blocks compute; they go back to where they were. Default: where the model is.
+        folder: where finished blocks are kept until all are, so that a walk that was killed goes on; None keeps none.
+        key: what the result depends on beside the model and the data; blocks of another key are not taken up.
+
+    Raises:
+        InputError: if the model has no blocks, there are no batches, or the data holds NaN.
+    """
+    name, blocks = block_list(model)
+    home = next(model.parameters()).device
+    device = home if device is None else torch.device(device)
+    was_training = model.training
+    model.eval()
+    try:
+        calls = _first_calls(model, blocks, batches)
+        finished = _Finished(folder, f"{key}|{_fingerprint(model, calls[0])}")
+        with _progress() as progress:
+            task = progress.add_task(title, total=len(blocks))
+            for index, module in enumerate(blocks):
+                block = Block(f"{name}.{index}", module.to(device), index, len(blocks), calls[index], device)
+                if not finished.restore(index, module):
+                    work(block)
+                    finished.keep(index, module)
+                if index + 1 < len(blocks):
+                    _pass_on(block, calls)
+                module.to(home)
+                progress.update(task, completed=index + 1)
+        finished.remove()
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _pass_on(block: Block, calls: list[list[Call]]) -> None:
+    """Run `block` and hand its outputs to the next one; what only it needed is freed."""
+    following = calls[block.index + 1]
+    for i, call in enumerate(block.calls):
+        hidden = block.run(call).to(call.hidden.device)
+        if not torch.isfinite(hidden).all():
+            raise InputError(
+                f"{block.name} made NaN or infinity of the calibration data: look at its weights; a model in float16 "
+                "may need bfloat16."
+            )
+        following[i] = Call(hidden, following[i].args, following[i].kwargs)
+    calls[block.index] = []
+
+
+class _Stop(Exception):
+    """Everything that a forward pass was for has been seen."""
+
+
+@torch.no_grad()
+def _first_calls(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Any]) -> list[list[Call]]:
+    """The calls of every block; only those of the first have the right hidden states yet.
+
+    The model runs with its blocks bridged, so that it costs no more than its embedding; what it gives each block beside
+    the hidden states (masks, rotary angles, which differ from block to block in some models) is recorded.
+    """
+    calls: list[list[Call]] = [[] for _ in blocks]
+    for own, block in zip(calls, blocks, strict=True):
+        block.forward = partial(_record, own, own is calls[-1])
+    try:
+        for batch in batches:
+            try:
+                model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        for block in blocks:
+            del block.forward
+    if not calls[0]:
+        raise InputError("There are no calibration batches: set calibration_batches to 1 or more.")
+    return calls
+
+
+def _record(calls: list[Call], is_last: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of a block's forward: note the call, and hand the hidden states on as they are."""
+    hidden, *others = args if args else (kwargs.pop("hidden_states"),)
+    calls.append(Call(hidden, tuple(others), kwargs))
+    if is_last:
+        raise _Stop
+    return hidden
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+class _Finished:
+    """The blocks that are done, as files in a folder: what a walk that was killed has not lost."""
+
+    def __init__(self, folder: str | Path | None, key: str) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._key = key
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, index: int, module: nn.Module) -> bool:
+        """Load block `index` if it is there, whole, and of the same key."""
+        path = self._path(index)
+        if path is None or not path.is_file():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != self._key:
+                    return False
+            module.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError):  # of another version: it is made again
+            return False
+        return True
+
+    def keep(self, index: int, module: nn.Module) -> None:
+        """Write block `index`."""
+        path = self._path(index)
+        if path is None:
+            return
+        tensors = {name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}
+        with replaced_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"key": self._key})
+
+    def remove(self) -> None:
+        """All blocks are done, and the model is what holds them."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"block{index}.safetensors"
+
+
+def _fingerprint(model: nn.Module, calls: Iterable[Call]) -> str:
+    """Of the data, and of a sample of every weight."""
+    digest = hashlib.sha256()
+    for call in calls:
+        digest.update(_bytes(call.hidden))
+    for name, tensor in model.state_dict().items():
+        step = max(1, tensor.numel() // _SAMPLE)
+        digest.update(f"{name} {list(tensor.shape)}".encode() + _bytes(tensor.reshape(-1)[::step]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True)

@@ -1,0 +1,104 @@
+"""GPTQ of a whole model, block by block."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.kernels import ops
+from qat.nn import QuantLinear
+from qat.numerics.gptq import Columns, output_errors
+from qat.numerics.gptq import gptq as gptq_weight
+from qat.quantizers import FixedQuantizer, Quantizer
+from qat.transforms.blocks import Block, walk
+from qat.transforms.build import found_at
+from qat.transforms.inputs import hessians, inputs
+from qat.transforms.layers import quant_layers
+from qat.transforms.plain import full_precision
+
+
+def gptq(
+    model: nn.Module,
+    batches: Iterable[Any],
+    damping: float = 0.01,
+    act_order: bool = True,
+    block_size: int = 128,
+    true_sequential: bool = False,
+    importance: bool = True,
+    device: torch.device | str | None = None,
+    folder: str | Path | None = None,
+) -> nn.Module:
+    """Move the weights of every linear layer in the model's blocks onto their grids, by GPTQ (arXiv 2210.17323).
+
+    The grid is that of each layer's weight quantizer: integers, floats or a codebook, with static scales; those that
+    follow from the extremes of the weights are fixed as they are now. A row for which the result is worse than rounding
+    is rounded. Other layers (embeddings, experts, an output head) are rounded as ever.
+
+    Args:
+        model: prepared.
+        batches: mappings, passed as keywords.
+        damping: of the Hessian, as a share of the mean of its diagonal.
+        act_order: round the columns with the largest inputs first.
+        block_size: columns whose updates of later ones are done together.
+        true_sequential: let layers see the quantized ones before them in the same block too; takes as many passes over
+            the data as a block has layers with inputs of their own, not one.
+        importance: first fit the scales or codebooks anew, each error counting as the mean square of what it
+            multiplies, where the quantizer is one that can.
+        device: where to compute; blocks go there one at a time. Default: where the model is.
+        folder: where finished blocks are kept, so that a run that was killed goes on.
+
+    Returns:
+        `model`: its weights lie on their grids.
+
+    Raises:
+        InputError: if the model has no blocks or no linear layer in them, a grid has vector codes, there is no data, it
+            holds NaN, or a Hessian cannot be inverted.
+    """
+    fix_scales(model)
+    key = f"gptq {damping} {act_order} {true_sequential} {importance}"
+    round_weight = partial(gptq_weight, damping=damping, act_order=act_order, block_size=block_size)
+    work = partial(_gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance)
+    with full_precision(model):
+        walk(model, batches, work, "GPTQ", device, folder, key)
+    return model
+
+
+def fix_scales(model: nn.Module) -> None:
+    """Let the weight quantizers of linear layers hold the scales that follow from the weights now."""
+    fixed: dict[Quantizer, FixedQuantizer] = {}
+    for _, layer in quant_layers(model):
+        quantizer = getattr(layer, "weight_quantizer", None)
+        if isinstance(layer, QuantLinear) and isinstance(quantizer, Quantizer) and not quantizer.clips:
+            if quantizer not in fixed:
+                fixed[quantizer] = FixedQuantizer(quantizer, layer.weight.detach())
+            layer.weight_quantizer = fixed[quantizer]
+
+
+@torch.no_grad()
+def _gptq_block(
+    block: Block, round_weight: Callable[[Tensor, Tensor, Columns], Tensor], true_sequential: bool, importance: bool
+) -> None:
+    groups = inputs(block)
+    for together in [[group] for group in groups] if true_sequential else [groups]:
+        for group, hessian in zip(together, hessians(block, together), strict=True):
+            for name, layer in group.items():
+                with found_at(f"{block.name}.{name}"):
+                    _gptq_layer(layer, hessian, round_weight, importance)
+
+
+def _gptq_layer(
+    layer: QuantLinear, hessian: Tensor, round_weight: Callable[[Tensor, Tensor, Columns], Tensor], importance: bool
+) -> None:
+    """Move the weight of `layer` onto its grid; each row by whichever of GPTQ and rounding has the smaller error."""
+    weight, quantizer = layer.weight.detach(), layer.weight_quantizer
+    assert isinstance(quantizer, Quantizer)
+    if importance and hessian.any():
+        quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
+    grid = quantizer.ready_qparams(weight), quantizer.format, quantizer.granularity
+    found = round_weight(weight, hessian, Columns(*grid, weight.shape))
+    rounded = ops.fake_quantize(weight, *grid).to(torch.float32)
+    better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
+    weight.copy_(torch.where(better[:, None], found, rounded))

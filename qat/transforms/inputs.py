@@ -1,0 +1,66 @@
+"""What flows into the linear layers of a block."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qat.nn import QuantLinear
+from qat.quantizers import Quantizer
+from qat.transforms.blocks import Block
+
+# Layers of a block, by their names in it, that multiply the same tensor: queries, keys and values.
+Group = dict[str, QuantLinear]
+
+
+def inputs(block: Block) -> list[Group]:
+    """The linear layers of `block` whose weights are quantized, grouped by input, in the order in which they run.
+
+    Layers that the first batch does not reach, such as an expert's, come last and alone.
+    """
+    layers = {name: m for name, m in block.module.named_modules() if is_quantized_linear(m)}
+    seen: dict[int, tuple[Tensor, Group]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # The tensor is held, so that no other can take its place in memory and look like it.
+            _, group = seen.setdefault(id(args[0]), (args[0], {}))
+            group[name] = layers[name]
+
+        return hook
+
+    _run(block, block.calls[:1], {name: (layer, note(name)) for name, layer in layers.items()})
+    groups = [group for _, group in seen.values()]
+    reached = {name for group in groups for name in group}
+    return groups + [{name: layer} for name, layer in layers.items() if name not in reached]
+
+
+def hessians(block: Block, groups: Sequence[Group]) -> list[Tensor]:
+    """X^T X of the inputs of each of `groups`, `[in, in]` in float32, over all calls of `block`."""
+    leaders = [next(iter(group.values())) for group in groups]
+    sums = [torch.zeros(layer.in_features, layer.in_features, device=block.device) for layer in leaders]
+
+    def add_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2).to(torch.float32)
+            total.addmm_(x.t(), x)
+
+        return hook
+
+    _run(block, block.calls, {str(i): (leaders[i], add_to(total)) for i, total in enumerate(sums)})
+    return sums
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer whose weight gets codes."""
+    return isinstance(module, QuantLinear) and isinstance(module.weight_quantizer, Quantizer)
+
+
+def _run(block: Block, calls: Sequence, hooks: dict[str, tuple[nn.Module, Callable]]) -> None:
+    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks.values()]
+    try:
+        for call in calls:
+            block.run(call)
+    finally:
+        for handle in handles:
+            handle.remove()
