@@ -5,8 +5,8 @@
 
 Weights are random, of a normal and of a heavy-tailed distribution (Student's t, 4 degrees of freedom), made and fitted
 in parts of at most 2^26 so that a billion of them need no memory; only the fitting is timed, and the median part counts
-for all, so that a busy neighbour does not. The gap is that of the
-squared error to the exact dynamic program on 32 rows. A refresh is timed on one part.
+for all, so that a busy neighbour does not. The gap is that of the squared error to the exact dynamic program on 32
+rows. A refresh is timed on one part.
 """
 
 import argparse

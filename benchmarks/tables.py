@@ -14,6 +14,9 @@ from qat.atomic import replaced_file
 
 Rows = list[dict[str, Any]]
 
+# A perplexity above this says only that a model is broken.
+_BEYOND = 10_000
+
 
 def main() -> None:
     """Rewrite every page."""
@@ -65,7 +68,7 @@ def grids(rows: Rows) -> str:
         best.setdefault(row["grid"], row)
     lines = [_line("grid", "bits per weight", "rounded", "trained", "learning rate"), _line("---", *["--:"] * 4)]
     for row in sorted(best.values(), key=lambda row: (-row["bits_per_weight"] // 1, _perplexity(row))):
-        rounded = f"{row['ppl_rtn']:.2f}" if "ppl_rtn" in row else ""
+        rounded = _shown(row["ppl_rtn"]) if "ppl_rtn" in row else ""
         bits = f"{row['bits_per_weight']:.2f}"
         lines.append(_line(row["grid"], bits, rounded, f"{_perplexity(row):.2f}", f"{row['learning_rate']:g}"))
     return "\n".join(lines)
@@ -85,6 +88,11 @@ def learning_rates(rows: Rows) -> str:
 def _perplexity(row: dict[str, Any]) -> float:
     """After training."""
     return float(row["ppl_qat"] if "ppl_qat" in row else row["ppl_fp"])
+
+
+def _shown(perplexity: float) -> str:
+    """To two places; of a model that knows nothing any more, only that."""
+    return f"{perplexity:.2f}" if perplexity < _BEYOND else f"> {_BEYOND:,}"
 
 
 def kv_cache(rows: Rows) -> str:
