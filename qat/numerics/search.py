@@ -17,7 +17,9 @@ _FEW_LEVELS = 4
 
 
 @torch.no_grad()
-def least_squares_scale(view: Tensor, format: Format, start: ViewParams, outliers: bool = False) -> Tensor:
+def least_squares_scale(
+    view: Tensor, format: Format, start: ViewParams, outliers: bool = False, importance: Tensor | None = None
+) -> Tensor:
     """Shrink the scales of `start`, which cover all of `view`, to where sum (x_hat - x)^2 of each group is least.
 
     Args:
@@ -25,6 +27,7 @@ def least_squares_scale(view: Tensor, format: Format, start: ViewParams, outlier
         format: the grid.
         start: scale `[groups, 1]`, and a zero point that is kept.
         outliers: search further down, as activations need.
+        importance: how much each squared error counts, shaped like `view`; None: all alike.
 
     Returns:
         Scale `[groups, 1]`.
@@ -36,7 +39,8 @@ def least_squares_scale(view: Tensor, format: Format, start: ViewParams, outlier
     for shrink in _WIDE if outliers else _FEW if few else _NARROW:
         candidate = start._replace(scale=(start.scale * shrink).clamp(min=torch.finfo(torch.float32).tiny))
         v_hat = format.decode(format.encode_(scale_down(view, candidate)))
-        error = (unscale(v_hat, candidate) - view).square_().sum(1, keepdim=True)
+        squares = (unscale(v_hat, candidate) - view).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(1, keepdim=True)
         best = torch.where(error < least, candidate.scale, best)
         least = torch.minimum(error, least)
     return best

@@ -13,7 +13,7 @@ from qat.kernels import ops
 from qat.kernels.linear import fake_quantized_linear
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
-from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
 from qat.numerics.ste import straight_through
 from qat.quantizers.keep_dtype import KeepsDtype
 from qat.quantizers.observers import MinMaxObserver, Observer
@@ -74,6 +74,10 @@ class Quantizer(KeepsDtype, ABC):
     def initialize_weighted(self, view: Tensor, importance: Tensor) -> None:
         """As `initialize_from`, with how much the error of each value counts; ignored where scales bound all alike."""
         self.initialize_from(view)
+
+    def adopt(self, params: ViewParams) -> bool:
+        """Hold `params`, which a search found for its view, from now on; whether it is one that can."""
+        return False
 
     def make_observer(self) -> Observer:
         """What to gather from activations before `initialize_from`."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
 from qat.quantizers.base import Quantizer
 from qat.quantizers.keep_dtype import KeepsDtype
 
@@ -25,6 +25,9 @@ class FixedQuantizer(Quantizer):
 
     def qparams(self, x: Tensor) -> QParams:
         return self.held.qparams()
+
+    def adopt(self, params: ViewParams) -> bool:
+        return self.held.adopt(params)
 
     def initialize_from(self, view: Tensor) -> None:
         x = self.granularity.unview(view, self.shape)
@@ -53,6 +56,16 @@ class _Held(KeepsDtype):
                 getattr(self, name).fill(value.qparams)
             elif value is not None:
                 getattr(self, name).copy_(value)
+
+    def adopt(self, params: ViewParams) -> bool:
+        """Take the scale and the zero point, unless the scale is quantized."""
+        if self._nested is not None:
+            return False
+        for name in ("scale", "zero_point"):
+            value = getattr(params, name)
+            if value is not None:
+                getattr(self, name).copy_(value.view_as(getattr(self, name)))
+        return True
 
     def qparams(self) -> QParams:
         fields = {name: getattr(self, name) for name in QParams._fields}

@@ -14,7 +14,7 @@ from qat.numerics.formats import CodebookFormat
 from qat.numerics.granularity import Granularity, parse_granularity, refuse_padding
 from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
 from qat.numerics.kmeans.soft import soft_assign
-from qat.numerics.qtensor import QParams, scale_down, unscale
+from qat.numerics.qtensor import QParams, ViewParams, scale_down, unscale
 from qat.numerics.ste import round_to_storage
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import from_log_scale, log_scale_of
@@ -92,6 +92,13 @@ class KMeansQuantizer(Quantizer):
             scale=round_to_storage(from_log_scale(self.log_scale), self.scale_dtype),
             codebook=round_to_storage(ascending, self.scale_dtype),
         )
+
+    @torch.no_grad()
+    def adopt(self, params: ViewParams) -> bool:
+        assert params.codebook is not None
+        self.log_scale.copy_(log_scale_of(params.scale, self.scale_dtype).view(self.param_shape))
+        self.codebook.copy_(params.codebook.view_as(self.codebook))
+        return True
 
     def make_observer(self) -> Observer:
         return SampleObserver()

@@ -66,16 +66,26 @@ class LSQQuantizer(Quantizer):
         return SampleObserver()
 
     def initialize_from(self, view: Tensor) -> None:
+        self._fit(view, None)
+
+    def initialize_weighted(self, view: Tensor, importance: Tensor) -> None:
+        self._fit(view, importance)
+
+    def _fit(self, view: Tensor, importance: Tensor | None) -> None:
         """Start at the scale of least squared error, found by shrinking the min-max range."""
         low, high = self.format.range()
         if self.zero_point is None:
             start = ViewParams(view.abs().amax(1, keepdim=True).to(torch.float32) / max(-low, high))
         else:
             start = minmax_params(view, self.format, self.scale_dtype)
-            assert start.zero_point is not None
-            self.zero_point.data.copy_(start.zero_point.view(self.param_shape))
-        best = least_squares_scale(view, self.format, start)
-        self.log_scale.data.copy_(log_scale_of(best, self.scale_dtype).view(self.param_shape))
+        self.adopt(start._replace(scale=least_squares_scale(view, self.format, start, importance=importance)))
+
+    @torch.no_grad()
+    def adopt(self, params: ViewParams) -> bool:
+        self.log_scale.copy_(log_scale_of(params.scale, self.scale_dtype).view(self.param_shape))
+        if self.zero_point is not None and params.zero_point is not None:
+            self.zero_point.copy_(params.zero_point.view(self.param_shape))
+        return True
 
 
 def _grid(grid: str, bits: int, symmetric: bool) -> Format:

@@ -99,11 +99,15 @@ class MinMaxQuantizer(Quantizer):
     def initialize_from(self, view: Tensor) -> None:
         if self.rule is not None:
             return
-        found = self._fit(view)
-        assert isinstance(found.scale, Tensor)
-        self.scale.copy_(found.scale.view(self.param_shape))
-        if found.zero_point is not None:
-            self.zero_point.copy_(found.zero_point.view(self.param_shape))
+        self.adopt(self._fit(view))
+
+    def adopt(self, params: ViewParams) -> bool:
+        if self.rule is not None:
+            return False
+        self.scale.copy_(params.scale.view(self.param_shape))
+        if params.zero_point is not None:
+            self.zero_point.copy_(params.zero_point.view(self.param_shape))
+        return True
 
     def _fit(self, view: Tensor) -> ViewParams:
         if self.observer_kind == "percentile":

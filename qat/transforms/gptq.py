@@ -18,6 +18,7 @@ from qat.transforms.build import found_at
 from qat.transforms.inputs import hessians, inputs
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
+from qat.transforms.refine import refined
 
 
 def gptq(
@@ -28,6 +29,7 @@ def gptq(
     block_size: int = 128,
     true_sequential: bool = False,
     importance: bool = True,
+    sweeps: int = 1,
     device: torch.device | str | None = None,
     folder: str | Path | None = None,
 ) -> nn.Module:
@@ -47,6 +49,8 @@ def gptq(
             the data as a block has layers with inputs of their own, not one.
         importance: first fit the scales or codebooks anew, each error counting as the mean square of what it
             multiplies, where the quantizer is one that can.
+        sweeps: how often to refine the result: scales and codebooks by least squares for the codes that were found,
+            then codes by coordinate descent (QuantEase, arXiv 2309.01885); 0 leaves GPTQ's own.
         device: where to compute; blocks go there one at a time. Default: where the model is.
         folder: where finished blocks are kept, so that a run that was killed goes on.
 
@@ -58,9 +62,11 @@ def gptq(
             holds NaN, or a Hessian cannot be inverted.
     """
     fix_scales(model)
-    key = f"gptq {damping} {act_order} {true_sequential} {importance}"
+    key = f"gptq {damping} {act_order} {true_sequential} {importance} {sweeps}"
     round_weight = partial(gptq_weight, damping=damping, act_order=act_order, block_size=block_size)
-    work = partial(_gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance)
+    work = partial(
+        _gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance, sweeps=sweeps
+    )
     with full_precision(model):
         walk(model, batches, work, "GPTQ", device, folder, key)
     return model
@@ -79,20 +85,28 @@ def fix_scales(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _gptq_block(
-    block: Block, round_weight: Callable[[Tensor, Tensor, Columns], Tensor], true_sequential: bool, importance: bool
+    block: Block,
+    round_weight: Callable[[Tensor, Tensor, Columns], Tensor],
+    true_sequential: bool,
+    importance: bool,
+    sweeps: int,
 ) -> None:
     groups = inputs(block)
     for together in [[group] for group in groups] if true_sequential else [groups]:
         for group, hessian in zip(together, hessians(block, together), strict=True):
             for name, layer in group.items():
                 with found_at(f"{block.name}.{name}"):
-                    _gptq_layer(layer, hessian, round_weight, importance)
+                    _gptq_layer(layer, hessian, round_weight, importance, sweeps)
 
 
 def _gptq_layer(
-    layer: QuantLinear, hessian: Tensor, round_weight: Callable[[Tensor, Tensor, Columns], Tensor], importance: bool
+    layer: QuantLinear,
+    hessian: Tensor,
+    round_weight: Callable[[Tensor, Tensor, Columns], Tensor],
+    importance: bool,
+    sweeps: int,
 ) -> None:
-    """Move the weight of `layer` onto its grid; each row by whichever of GPTQ and rounding has the smaller error."""
+    """Move the weight of `layer` onto its grid; each row first by GPTQ or rounding, whichever is better."""
     weight, quantizer = layer.weight.detach(), layer.weight_quantizer
     assert isinstance(quantizer, Quantizer)
     if importance and hessian.any():
@@ -101,4 +115,7 @@ def _gptq_layer(
     found = round_weight(weight, hessian, Columns(*grid, weight.shape))
     rounded = ops.fake_quantize(weight, *grid).to(torch.float32)
     better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
-    weight.copy_(torch.where(better[:, None], found, rounded))
+    best = torch.where(better[:, None], found, rounded)
+    for _ in range(sweeps):
+        best = refined(weight, best, hessian, quantizer)
+    weight.copy_(best)

@@ -5,6 +5,7 @@ import torch
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.numerics.descent import descend, refit
 from qat.numerics.gptq import Columns, gptq, output_errors
 from qat.quantizers import (
     FixedQuantizer,
@@ -136,3 +137,30 @@ def test_it_computes_the_same_as_the_operators():
     quantizer = fixed(GRIDS["k-means shared"], weight)
     expected = ops.fake_quantize(weight, quantizer.qparams(weight), quantizer.format, quantizer.granularity)
     assert torch.equal(quantizer(weight), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@torch.no_grad()
+def test_a_sweep_lowers_the_error_and_stays_on_the_grid(grid):
+    weight, x = problem()
+    quantizer = fixed(GRIDS[grid], weight)
+    own, h = columns(quantizer, weight), x.t() @ x
+    start = gptq(weight, h, own)
+    found = descend(weight, start, h, own, block_size=24)
+    assert output_errors(weight, found, h).sum() < output_errors(weight, start, h).sum()
+    assert torch.equal(quantizer.quantize(found).dequantize(), found)
+
+
+@pytest.mark.parametrize("grid", ["int4 group", "int3 channel", "k-means row", "int2 asymmetric"])
+@torch.no_grad()
+def test_refitted_scales_and_codebooks_are_those_of_least_squares(grid):
+    weight, x = problem()
+    quantizer = fixed(GRIDS[grid], weight)
+    q = quantizer.quantize(weight)
+    h = x.t() @ x
+    params = refit(weight, q, h)
+    before = output_errors(weight, q.dequantize(), h).sum()
+    assert quantizer.adopt(params)
+    table = q.qparams.codebook if q.qparams.codebook is None else params.codebook.view_as(q.qparams.codebook)
+    new = q.qparams._replace(scale=params.scale.view_as(q.qparams.scale), codebook=table)
+    assert output_errors(weight, type(q)(q.codes, new, q.format, q.granularity, q.dtype).dequantize(), h).sum() < before
