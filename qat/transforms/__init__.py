@@ -6,6 +6,7 @@ from qat.transforms.gptq import gptq
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
 from qat.transforms.prepare import prepare
+from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.rules import KVCache, Rule, Scheme
 
 __all__ = [
@@ -19,8 +20,11 @@ __all__ = [
     "gptq",
     "hessian",
     "is_quantized",
+    "magnitude",
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "sparsegpt",
     "uncalibrated",
+    "wanda",
 ]

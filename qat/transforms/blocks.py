@@ -120,6 +120,7 @@ def walk(
                 if not finished.restore(index, module):
                     work(block)
                     finished.keep(index, module)
+                module.to(device)  # what was restored may hold tensors that it did not hold before
                 if index + 1 < len(blocks):
                     _pass_on(block, calls)
                 module.to(home)
