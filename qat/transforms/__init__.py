@@ -8,6 +8,7 @@ from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantiz
 from qat.transforms.prepare import prepare
 from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.rules import KVCache, Rule, Scheme
+from qat.transforms.structured import structured
 
 __all__ = [
     "KVCache",
@@ -25,6 +26,7 @@ __all__ = [
     "quant_layers",
     "quantizes_weights",
     "sparsegpt",
+    "structured",
     "uncalibrated",
     "wanda",
 ]
