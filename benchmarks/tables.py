@@ -142,6 +142,17 @@ def kmeans_1b(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def pruning(rows: Rows) -> str:
+    """Perplexity, size and speed of every arm; the dense model's first."""
+    headings = ("", "zeros or parts", "share gone", "weights", "perplexity", "bits per weight", "MiB", "µs a token")
+    lines = [_line(*headings), _line("---", "---", "--:", "---", *["--:"] * 4)]
+    for row in rows:
+        figures = (f"{row['ppl']:.2f}", f"{row['bits_per_weight']:.2f}", f"{row['mib']:.0f}")
+        speed = f"{row['seconds_per_token'] * 1e6:.1f}"
+        lines.append(_line(row["arm"], row["pattern"], f"{row['sparsity']:.0%}", row["scheme"], *figures, speed))
+    return "\n".join(lines)
+
+
 # What a marker `<!-- table:NAME -->` shows: the result file and how.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "default_job": ("default_job", default_job),
@@ -153,6 +164,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "kmeans_fit_cuda": ("kmeans_fit_cuda", kmeans_fit),
     "kmeans_fit_cpu": ("kmeans_fit_cpu", kmeans_fit),
     "kmeans_1b": ("kmeans_1b", kmeans_1b),
+    "pruning": ("pruning", pruning),
 }
 
 

@@ -12,6 +12,7 @@ from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError
 from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
+from qat.transforms.masks import hold_masks_of
 
 _MEND = "Lower optimizer.lr or module.quantizer_lr, set trainer.gradient_clip_val, or train in 32-true."
 
@@ -44,6 +45,10 @@ class CausalLMModule(pl.LightningModule):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self._nll = torch.zeros(2, dtype=torch.float64)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make room for the masks of pruned weights in full precision, which a transform had put there."""
+        hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)

@@ -19,17 +19,21 @@ from torch import Tensor, nn
 from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.loggers import CSVLogger
-from lightning_modules.models import LoadedModel
+from lightning_modules.models import LoadedModel, load_hf
 from lightning_modules.report import Report, plot_training
 from qat import convert, load, prepare
+from qat.atomic import replaced_folder
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
 from qat.nn.kv_quantizer import kv_layers
-from qat.transforms import Scheme, is_quantized, quantizes_weights, uncalibrated
+from qat.nn.packed import dtype_name
+from qat.transforms import Scheme, is_quantized, quant_layers, quantizes_weights, uncalibrated
+from qat.transforms.masks import sparsity
 
-FULL, ROUNDED = "full precision", "rounded to nearest"
+FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
+SAVED = "saved, loaded"
 _MIB = 2**20
 
 
@@ -83,10 +87,11 @@ class Job:
                 wandb.finish()  # or the next job of a sweep would write into this one's run
 
     def _run(self) -> dict[str, dict[str, Any]]:
-        sizes = [(p.numel(), p.element_size()) for p in self.model.parameters()]
-        self._say(f"{self.report.title} ({sum(n for n, _ in sizes) / 1e6:.0f} M parameters) -> {self.folder}")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
-        self._measure(FULL, sum(count * width for count, width in sizes))
+        self._measure(FULL, _bytes(self.model))
+        self._shrink()
         self._prepare()
         quantized = is_quantized(self.model)
         if quantized:
@@ -94,8 +99,13 @@ class Job:
         if self.cfg.fit:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
             self._measure(TRAINED if quantized else TUNED)
+        zeros = sparsity(self.model)
+        if zeros:
+            self._say(f"pruned: {zeros:.1%} of the weights that have a mask are zero")
         if quantized and self.cfg.export:
             self._export()
+        elif self.cfg.export and (zeros or self.cfg.prune):
+            self._export_full()
         elif self.cfg.export:
             self._say("Nothing was exported: the scheme quantizes no weight, key or value.")
         self.report.print(self.console)
@@ -137,6 +147,8 @@ class Job:
                 shadow = type(self.model)(copy.deepcopy(self.model.config))
         except Exception:  # an architecture that cannot be built twice is found out later
             return
+        for prune in instantiate(self.cfg.prune).values():
+            prune(shadow, [])
         prepare(shadow, scheme, initialize=False)
         groups = [max(kv.key_schedule.group, kv.value_schedule.group) for _, _, kv in kv_layers(shadow)]
         longest = scheme.kv.window + max(groups) if scheme.kv is not None and groups else 0
@@ -145,6 +157,33 @@ class Job:
                 f"No token would leave the window of the KV cache: it and a group are {longest} tokens, "
                 f"data.sequence_length is {self.cfg.data.sequence_length}. Raise that, or lower scheme.kv.window."
             )
+
+    def _shrink(self) -> None:
+        """Remove parts of the model; a resumed run takes up what it had left, since checkpoints hold tensors only."""
+        prunes, folder = instantiate(self.cfg.prune), self.folder / "pruned"
+        if not prunes:
+            return
+        if self.cfg.resumed and folder.is_dir():
+            self.loaded = self.loaded._replace(model=self._reloaded(folder))
+            self.module.model = self.model.train()
+        else:
+            self.model.to(self.trainer.strategy.root_device)
+            for prune in prunes.values():
+                prune(self.model, self._calibration_batches())
+            self._save_plain(folder)
+        self._measure(SMALLER, _bytes(self.model))
+
+    def _save_plain(self, folder: Path) -> None:
+        """Write the model as transformers does."""
+        with replaced_folder(folder) as temporary:
+            self.model.save_pretrained(temporary)
+            self.loaded.tokenizer.save_pretrained(temporary)
+
+    def _reloaded(self, folder: Path) -> nn.Module:
+        """What `_save_plain` wrote."""
+        dtype = dtype_name(next(self.model.parameters()).dtype)
+        trusted = self.cfg.model.get("trust_remote_code", False)
+        return load_hf(str(folder), dtype, trusted, self.model.config._attn_implementation).model
 
     def _prepare(self) -> None:
         # A checkpoint will bring the quantizers' state, unless the rounding row is still to be measured.
@@ -183,6 +222,18 @@ class Job:
             self._measure(SHIPPED, size)
             self._say(f"{folder}: the same logits as the trained model")
 
+    def _export_full(self) -> None:
+        """Save and reload a pruned model that has no codes, and hold the reloaded one to the trained one's logits."""
+        probe, folder = next(iter(self.data.val_dataloader())), self.folder / "pretrained"
+        trained = self._logits(self.model, probe)
+        if any(True for _ in quant_layers(self.model)):
+            convert(self.model)
+        self._save_plain(folder)
+        self.module.model = self._reloaded(folder)
+        check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
+        self._measure(SAVED, sum(file.stat().st_size for file in folder.iterdir()))
+        self._say(f"{folder}: pruned, in full precision; quantize it by model=hf model.name={folder}")
+
     @torch.no_grad()
     def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         device = self.trainer.strategy.root_device
@@ -194,6 +245,10 @@ class Job:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
         if metrics.is_file() and plot_training(metrics, picture, self.report.title):
             self._say(f"picture: {picture}")
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _full_bits(model: nn.Module) -> float:

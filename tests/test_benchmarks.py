@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, recipe
+from benchmarks import grids, kv_cache, pruning, recipe
 from tests.conftest import tiny_llama
 
 
@@ -24,7 +24,7 @@ def results(monkeypatch, tmp_path):
     def windows(folder, length):
         return tuple(torch.randint(64, (12, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
 
-    for module in (grids, kv_cache):
+    for module in (grids, kv_cache, pruning):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "windows", windows)
         monkeypatch.setattr(module, "record", lambda name, command, rows: found.update({name: rows}))
@@ -66,3 +66,22 @@ def test_kv_cache(results, monkeypatch):
     assert ppl["kv8", "rounded"] == pytest.approx(ppl["fp", "trained"], rel=1e-2)
     sizes = {row["scheme"]: row["cache_gib"] for row in rows if row["arm"] == "memory"}
     assert sizes["kv2"] < sizes["kv4"] < sizes["kv8"]
+
+
+def test_pruning(results, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", "--calibration", "4"])
+    pruning.main()
+    rows = {(row["arm"], row["pattern"], row["scheme"]): row for row in results["pruning"]}
+    assert list(rows) == pruning.ARMS
+    dense = rows["dense", "dense", "fp"]
+    assert all(row["ppl_fp"] == dense["ppl"] for row in rows.values())
+    assert {row["sparsity"] for row in rows.values() if row["pattern"] in pruning.PATTERNS} == {0.5}
+    for (arm, _, scheme), row in rows.items():
+        assert row["seconds_per_token"] > 0
+        if arm.startswith("structured"):
+            assert 0.25 < row["sparsity"] < 0.6
+            assert row["mib"] < 0.9 * rows["dense", "dense", scheme]["mib"]
+        if scheme != "fp":
+            assert row["bits_per_weight"] == 4.25
+            assert row["mib"] < dense["mib"]
+    assert rows["sparsegpt", "2:4", "int4-g64"]["density"] <= 0.5

@@ -11,7 +11,7 @@ from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "schemes.md", ROOT / "docs" / "quantizers.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("schemes", "quantizers", "pruning"))]
 
 
 def commands():

@@ -3,6 +3,7 @@
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.progress import ProgressBar
+from lightning_modules.callbacks.prune import PruneSchedule
 from lightning_modules.callbacks.seed import StepSeed
 from lightning_modules.callbacks.smooth_start import SmoothStart
 from lightning_modules.callbacks.stop import GracefulStop, Stopped
@@ -13,6 +14,7 @@ __all__ = [
     "GracefulStop",
     "LastCheckpoint",
     "ProgressBar",
+    "PruneSchedule",
     "QuantizerMonitor",
     "SmoothStart",
     "SoftKMeans",

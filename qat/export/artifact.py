@@ -6,7 +6,7 @@ It loads without Hydra and without any Quantizer, and computes the same logits a
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         config = {
             "format_version": FORMAT_VERSION,
             "bits_per_weight": bits_per_weight(model) if layers else None,
+            "density": density(model) if layers else None,
             "sha256": _sha256(temporary / _WEIGHTS),
             "attention": _attention(parts[0]),
             "experts": getattr(parts[0], "_experts_implementation", None),
@@ -116,17 +117,41 @@ def bits_per_weight(model: nn.Module) -> float:
 
     The same before `convert` and after it.
     """
-    quantized: dict[Any, QuantizedTensor] = {}
+    found = [(stored_bits(q), q.shape.numel()) for q in _quantized(model)]
+    if not found:
+        raise InputError("The model has no quantized weight, so it has no bits per weight.")
+    return sum(bits for bits, _ in found) / sum(count for _, count in found)
+
+
+def density(model: nn.Module) -> float:
+    """The share of the quantized weights that are not zero, pruned or rounded to it; shared ones count once.
+
+    The same before `convert` and after it.
+
+    Raises:
+        InputError: if no weight is quantized.
+    """
+    found = [(int(q.dequantize().count_nonzero()), q.shape.numel()) for q in _quantized(model)]
+    if not found:
+        raise InputError("The model has no quantized weight, so it has no density.")
+    return sum(nonzero for nonzero, _ in found) / sum(count for _, count in found)
+
+
+def _quantized(model: nn.Module) -> Iterator[QuantizedTensor]:
+    """Every quantized weight, packed or not, one at a time; shared ones once."""
+    seen: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, PackedLayer):
-            quantized |= {w.codes.data_ptr(): w.quantized() for w in layer.weights().values()}
+            for weight in layer.weights().values():
+                if weight.codes.data_ptr() not in seen:
+                    seen.add(weight.codes.data_ptr())
+                    yield weight.quantized()
         elif isinstance(layer, QuantLayer):
             for name, matrix, quantizer in layer.weights():
-                if isinstance(quantizer, Quantizer):
-                    quantized[id(getattr(layer, name))] = quantizer.quantize(matrix)
-    if not quantized:
-        raise InputError("The model has no quantized weight, so it has no bits per weight.")
-    return sum(map(stored_bits, quantized.values())) / sum(q.shape.numel() for q in quantized.values())
+                key = id(getattr(layer, name))
+                if isinstance(quantizer, Quantizer) and key not in seen:
+                    seen.add(key)
+                    yield quantizer.quantize(matrix)
 
 
 def _attention(config: Any) -> str | None:

@@ -23,8 +23,10 @@ def fake_quantized_linear(
     format: Format,
     granularity: Granularity,
     clip: bool = True,
+    mask: Tensor | None = None,
+    dense_gradient: bool = False,
 ) -> Tensor:
-    """y = x @ fake_quantize(weight)^T + bias.
+    """y = x @ fake_quantize(weight * mask)^T + bias.
 
     The same bits as `F.linear(x, fake_quantize(weight), bias)`, but autograd holds one byte a weight instead of a
     whole fake-quantized weight, and finds the codes once for both passes.
@@ -34,6 +36,8 @@ def fake_quantized_linear(
         weight: `[out, in]`.
         bias: `[out]` or None.
         clip: whether weights beyond the grid get no gradient; where they set the scale themselves, they need it.
+        mask: `[out, in]`, false where the weight is pruned; None keeps all.
+        dense_gradient: whether pruned weights get their gradient all the same.
 
     Returns:
         y `[..., out]`, in the dtype of x, or of autocast where that is on.
@@ -42,7 +46,7 @@ def fake_quantized_linear(
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
-    return _FakeQuantizedLinear.apply(x, weight, bias, granularity, clip, *grid)
+    return _FakeQuantizedLinear.apply(x, weight, bias, mask, granularity, (clip, dense_gradient), *grid)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -56,12 +60,19 @@ class _FakeQuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, granularity: Granularity, clip: bool, *grid: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        granularity: Granularity,
+        options: tuple[bool, bool],
+        *grid: Any,
     ) -> Tensor:
-        codes = ops.quantize_view(granularity.view(weight), *grid)
+        codes = ops.quantize_view(granularity.view(_masked(weight, mask)), *grid)
         *params, ctx.format = grid
-        ctx.granularity, ctx.clip = granularity, clip
-        ctx.save_for_backward(x, weight, codes, *params)
+        ctx.granularity, (ctx.clip, ctx.dense_gradient) = granularity, options
+        ctx.save_for_backward(x, weight, mask, codes, *params)
         w_hat = _room_for(codes, x.dtype, ctx.format)
         ops.dequantize_view_(codes, w_hat, *grid)
         return F.linear(x, granularity.unview(w_hat, weight.shape), bias)
@@ -69,8 +80,8 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, codes, *params = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, *need_params, _ = ctx.needs_input_grad
+        x, weight, mask, codes, *params = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _, _, *need_params, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
         w_hat = _room_for(codes, dy.dtype, ctx.format) if need_x else None
@@ -80,12 +91,22 @@ class _FakeQuantizedLinear(torch.autograd.Function):
             dw_hat = rows.T @ x.reshape(-1, x.shape[-1])
             needs = (need_weight, *need_params)
             grid = (*params, ctx.format)
-            found = ops.gradients_(view(dw_hat), view(weight), codes, w_hat, needs, *grid, clip=ctx.clip)
+            own = view(_masked(weight, mask))
+            found = ops.gradients_(view(dw_hat), own, codes, w_hat, needs, *grid, clip=ctx.clip)
         elif w_hat is not None:
             ops.dequantize_view_(codes, w_hat, *params, ctx.format)
         dx = None if w_hat is None else dy @ ctx.granularity.unview(w_hat, weight.shape)
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
-        return dx, dweight, dbias, None, None, *found[1:], None
+        if dweight is not None and not ctx.dense_gradient:
+            dweight = _masked(dweight, mask)
+        return dx, dweight, dbias, None, None, None, *found[1:], None
+
+
+def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """`weight`, zero where it is pruned."""
+    if mask is None:
+        return weight
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
 
 def _room_for(codes: Tensor, dtype: torch.dtype, format: str) -> Tensor:

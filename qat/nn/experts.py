@@ -80,6 +80,9 @@ class QuantExperts(_Experts, QuantLayer):
     def as_matrix(module: Any, weight: Tensor) -> Tensor:
         return (weight.mT if _is_transposed(module) else weight).flatten(0, -2)
 
+    def write(self, name: str, matrix: Tensor) -> None:
+        getattr(self, name).detach().copy_(self._unflattened(name, matrix))  # a transposed one is no view
+
     @staticmethod
     def features(module: Any) -> tuple[int | None, int]:
         into, out_of = (-2, -1) if _is_transposed(module) else (-1, -2)

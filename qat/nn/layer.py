@@ -57,6 +57,10 @@ class QuantLayer(nn.Module, ABC):
         """The weight `name` of `module` as the matrix `[rows, columns]`."""
         return cls.as_matrix(module, getattr(module, name))
 
+    def write(self, name: str, matrix: Tensor) -> None:
+        """Give the weight `name` the values of `matrix`, in place."""
+        self.matrix(self, name).detach().copy_(matrix)
+
     @staticmethod
     @abstractmethod
     def features(module: Any) -> tuple[int | None, int]:

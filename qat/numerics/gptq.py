@@ -1,8 +1,11 @@
 """GPTQ: round the columns of a matrix one after the other, each taking up the errors of those before it.
 
 GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, arXiv 2210.17323. Functions of
-tensors only; `qat.transforms.gptq` finds the Hessians and applies the result to a model.
+tensors only; `qat.transforms.gptq` finds the Hessians and applies the result to a model, `qat.numerics.sparsity` prunes
+by the same loop.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from qat.numerics.qtensor import QParams, ViewParams, scale_down, unscale
 
 # How much more damping each time that a Hessian is not positive definite, and when to give up.
 _MORE, _MOST = 10.0, 1.0
+
+# What takes the place of a column: of all columns as they are by then, `[in, out]`, and the position of the one.
+Choice = Callable[[Tensor, int], Tensor]
 
 
 class Columns:
@@ -80,15 +86,31 @@ def gptq(
     """
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    factor = inverse_factor(hessian[order][:, order], damping)
+    names = order.tolist()
+    return column_by_column(weight, factor, order, lambda w, i: columns.round(w[i], names[i]), block_size)
+
+
+def column_by_column(weight: Tensor, factor: Tensor, order: Tensor, choose: Choice, block_size: int) -> Tensor:
+    """Replace one column after the other, and let those after it take up the error.
+
+    Args:
+        weight: `[out, in]`.
+        factor: U of the Hessian in `order`, as `inverse_factor` returns it.
+        order: of the columns, `[in]`.
+        choose: called for each position; the columns up to the end of its block are up to date by then.
+        block_size: columns whose updates of later ones are done together.
+
+    Returns:
+        The columns that were chosen, `[out, in]` in float32, in their own order again.
+    """
     w = weight.to(torch.float32).t()[order].contiguous()
     w_hat = torch.empty_like(w)
-    names = order.tolist()
     for start in range(0, len(w), block_size):
         stop = min(start + block_size, len(w))
         errors = torch.empty_like(w[start:stop])
         for i in range(start, stop):
-            w_hat[i] = columns.round(w[i], names[i])
+            w_hat[i] = choose(w, i)
             torch.div(w[i] - w_hat[i], factor[i, i], out=errors[i - start])
             w[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
@@ -102,8 +124,12 @@ def output_errors(weight: Tensor, w_hat: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian) * difference).sum(1)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper triangular, of H^-1 = U^T U, in float32; features that are always zero count as uncorrelated."""
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, of H^-1 = U^T U, in float32; features that are always zero count as uncorrelated.
+
+    Raises:
+        InputError: if the Hessian holds NaN or infinity, or cannot be inverted.
+    """
     h = hessian.to(torch.float64)
     if not torch.isfinite(h).all():
         raise InputError("The activations of the calibration data hold NaN or infinity, or their squares overflow.")

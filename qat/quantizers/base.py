@@ -15,14 +15,14 @@ from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
 from qat.numerics.ste import straight_through
-from qat.quantizers.keep_dtype import KeepsDtype
+from qat.quantizers.mask import Masked
 from qat.quantizers.observers import MinMaxObserver, Observer
 
 _DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Quantizer(KeepsDtype, ABC):
+class Quantizer(Masked, ABC):
     """Finds the qparams of a tensor; quantizes and fake-quantizes with them.
 
     Args:
@@ -96,7 +96,7 @@ class Quantizer(KeepsDtype, ABC):
             InputError: if x holds an infinity or NaN.
         """
         _refuse_infinity(x)
-        view = self.granularity.view
+        x, view = self.masked(x), self.granularity.view
         if importance is None:
             self.initialize_from(view(x))
         else:
@@ -108,6 +108,7 @@ class Quantizer(KeepsDtype, ABC):
         if self.observer is not None:
             self.observer.update(self.granularity.view(x.detach()))
             return x
+        x = self.masked(x)
         strength = self.strength if self.training else 1.0
         if strength == 0 or not self.enabled:
             return x
@@ -119,6 +120,10 @@ class Quantizer(KeepsDtype, ABC):
         if self.clips:
             return ops.fake_quantize(x, qparams, self.format, self.granularity)
         return straight_through(x, ops.fake_quantize(x.detach(), qparams, self.format, self.granularity))
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.format.holds_zero
 
     @property
     def clips(self) -> bool:
@@ -134,9 +139,11 @@ class Quantizer(KeepsDtype, ABC):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
         if not self.enabled:
-            return F.linear(x, weight, bias)
-        qparams = self.ready_qparams(weight)
-        return fake_quantized_linear(x, weight, bias, qparams, self.format, self.granularity, self.clips)
+            return F.linear(x, self.masked(weight), bias)
+        qparams = self.ready_qparams(weight if self.mask is None else self.masked(weight.detach()))
+        return fake_quantized_linear(
+            x, weight, bias, qparams, self.format, self.granularity, self.clips, self.mask, self.dense_gradient
+        )
 
     @final
     @torch.no_grad()
@@ -149,6 +156,7 @@ class Quantizer(KeepsDtype, ABC):
             InputError: if x holds an infinity or NaN, which no grid holds.
         """
         _refuse_infinity(x)
+        x = self.masked(x)
         qparams = self.ready_qparams(x)
         codes = ops.quantize(x, qparams, self.format, self.granularity, self.stochastic)
         return QuantizedTensor(codes, self.to_storage(qparams), self.format, self.granularity, x.dtype)
@@ -205,8 +213,11 @@ def _refuse_infinity(x: Tensor) -> None:
         raise InputError(f"A tensor {list(x.shape)} holds NaN or infinity, which no grid holds. {_DIVERGED}")
 
 
-class NoQuantizer(nn.Identity):
-    """Leaves a tensor as it is, in a quantizer's place: no caller needs a branch, no scheme another shape."""
+class NoQuantizer(Masked, nn.Identity):
+    """Leaves a tensor as it is, in a quantizer's place: no caller needs a branch, no scheme another shape.
+
+    Of a weight that is pruned it leaves what the mask keeps.
+    """
 
     rule = None
     initialized = True
@@ -214,5 +225,8 @@ class NoQuantizer(nn.Identity):
     def __init__(self, shape: Sequence[int] = (), bits: int | None = None) -> None:
         super().__init__()
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masked(x)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.masked(weight), bias)

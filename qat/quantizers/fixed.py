@@ -21,7 +21,14 @@ class FixedQuantizer(Quantizer):
         super().__init__(source.shape, source.format, source.granularity)
         self.scale_dtype, self.codebook_dtype = source.scale_dtype, source.codebook_dtype
         self.source = source
-        self.held = _Held(source.qparams(x))
+        self.dense_gradient = source.dense_gradient
+        self.set_mask(source.mask)
+        source.set_mask(None)  # one of them is enough
+        self.held = _Held(source.qparams(self.masked(x)))
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.source.holds_zero
 
     def qparams(self, x: Tensor) -> QParams:
         return self.held.qparams()

@@ -85,9 +85,15 @@ class KMeansQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.zeros(*table_shape, entries))
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape), requires_grad=learn_scale)
 
+    @property
+    def holds_zero(self) -> bool:
+        return True  # `qparams` puts it there where weights are pruned
+
     def qparams(self, x: Tensor) -> QParams:
         # Centroids may cross while they train; the grid is ascending all the same.
         ascending = self.codebook.sort(dim=-1).values
+        if self.mask is not None:
+            ascending = with_zero(ascending)
         return QParams(
             scale=round_to_storage(from_log_scale(self.log_scale), self.scale_dtype),
             codebook=round_to_storage(ascending, self.scale_dtype),
@@ -121,6 +127,7 @@ class KMeansQuantizer(Quantizer):
         """
         self.require_initialized()
         # Entries stay in their places, so that the optimizer's state of each goes on being its own.
+        weight = self.masked(weight)
         view, scale = self.granularity.view, from_log_scale(self.log_scale).to(self.scale_dtype)
         table = self.codebook.view(-1, self.codebook.shape[-1])
         lloyd_step_(view(weight), scale.view(-1, 1), table, None if importance is None else view(importance))
@@ -142,7 +149,7 @@ class KMeansQuantizer(Quantizer):
         assert params.codebook is not None
         v = scale_down(self.granularity.view(x), params)
         v_hat = soft_assign(v.reshape(len(params.codebook), -1), params.codebook, self.temperature)
-        return self.granularity.unview(unscale(v_hat.view_as(v), params), x.shape).to(x.dtype)
+        return self.masked(self.granularity.unview(unscale(v_hat.view_as(v), params), x.shape).to(x.dtype))
 
     def _fit(self, view: Tensor, importance: Tensor | None) -> None:
         """Scales from the absolute maxima, the codebook as `init` says."""
@@ -161,6 +168,11 @@ class KMeansQuantizer(Quantizer):
         else:
             found = kmeans_1d(values, entries, None if importance is None else importance.reshape(rows, -1))
         self.codebook.data.copy_((found / scale if alone else found).view_as(self.codebook))
+
+
+def with_zero(codebook: Tensor) -> Tensor:
+    """`codebook` `[..., entries]`, ascending, with zero for the entry of each row that is nearest to it."""
+    return codebook.scatter(-1, codebook.detach().abs().argmin(-1, keepdim=True), 0.0)
 
 
 def is_coarser(table_shape: Sequence[int], scale_shape: Sequence[int]) -> bool:

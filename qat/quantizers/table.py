@@ -69,6 +69,10 @@ class TableQuantizer(Quantizer):
         self.stochastic = is_stochastic(rounding)
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
 
+    @property
+    def holds_zero(self) -> bool:
+        return bool((self.codebook == 0).any())
+
     def qparams(self, x: Tensor) -> QParams:
         assert self.rule is not None
         (scale, *_) = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)

@@ -90,6 +90,7 @@ def walk(
     device: torch.device | str | None = None,
     folder: str | Path | None = None,
     key: str = "",
+    blocks: tuple[str, nn.ModuleList] | None = None,
 ) -> None:
     """Call `work` for every block in turn; each sees the outputs of the finished ones before it.
 
@@ -101,26 +102,28 @@ def walk(
         device: where blocks compute; they go back to where they were. Default: where the model is.
         folder: where finished blocks are kept until all are, so that a walk that was killed goes on; None keeps none.
         key: what the result depends on beside the model and the data; blocks of another key are not taken up.
+        blocks: their name and their list, for a model that was not prepared; None finds them.
 
     Raises:
         InputError: if the model has no blocks, there are no batches, or the data holds NaN.
     """
-    name, blocks = block_list(model)
+    name, stack = block_list(model) if blocks is None else blocks
     home = next(model.parameters()).device
     device = home if device is None else torch.device(device)
     was_training = model.training
     model.eval()
     try:
-        calls = _first_calls(model, blocks, batches)
+        calls = _first_calls(model, stack, batches)
         finished = _Finished(folder, f"{key}|{_fingerprint(model, calls[0])}")
         with _progress() as progress:
-            task = progress.add_task(title, total=len(blocks))
-            for index, module in enumerate(blocks):
-                block = Block(f"{name}.{index}", module.to(device), index, len(blocks), calls[index], device)
+            task = progress.add_task(title, total=len(stack))
+            for index, module in enumerate(stack):
+                block = Block(f"{name}.{index}", module.to(device), index, len(stack), calls[index], device)
                 if not finished.restore(index, module):
                     work(block)
                     finished.keep(index, module)
-                if index + 1 < len(blocks):
+                module.to(device)  # what was restored may hold tensors that it did not hold before
+                if index + 1 < len(stack):
                     _pass_on(block, calls)
                 module.to(home)
                 progress.update(task, completed=index + 1)

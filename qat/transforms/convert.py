@@ -9,6 +9,7 @@ from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import Quantizer
 from qat.transforms.kv import store_kv
 from qat.transforms.layers import quant_layers, replace
+from qat.transforms.masks import write_zeros
 
 # The packed codes of every Parameter, by the Parameter's id.
 Packed = dict[int, PackedTensor]
@@ -18,7 +19,8 @@ def convert(model: nn.Module) -> nn.Module:
     """Replace every layer of `model` that quantizes its weight by one that stores codes, in place.
 
     Layers that share a weight share its packed codes. The full-precision weights are released. Layers that quantize
-    nothing but gradients, which inference has none of, become plain again. KV quantizers keep what they compute.
+    nothing but gradients, which inference has none of, or only hold masks, become plain again, with their zeros. KV
+    quantizers keep what they compute.
 
     Raises:
         InputError: if nothing was prepared, a weight holds NaN, or a static quantizer was never calibrated.
@@ -28,6 +30,7 @@ def convert(model: nn.Module) -> nn.Module:
     if not layers and next(kv_layers(model), None) is None:
         raise InputError("Nothing to convert: no layer quantizes. Call qat.prepare(model, scheme) first.")
     for name, layer in layers:
+        write_zeros(layer)
         new = _packed_layer(name, layer, packed) if layer.packs else layer.plain()
         replace(model, name, new.train(layer.training))
     return store_kv(model)

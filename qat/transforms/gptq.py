@@ -12,6 +12,7 @@ from qat.kernels import ops
 from qat.nn import QuantLinear
 from qat.numerics.gptq import Columns, output_errors
 from qat.numerics.gptq import gptq as gptq_weight
+from qat.numerics.sparsity import MaskedColumns
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
@@ -111,9 +112,12 @@ def _gptq_layer(
     assert isinstance(quantizer, Quantizer)
     if importance and hessian.any():
         quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
-    grid = quantizer.ready_qparams(weight), quantizer.format, quantizer.granularity
-    found = round_weight(weight, hessian, Columns(*grid, weight.shape))
-    rounded = ops.fake_quantize(weight, *grid).to(torch.float32)
+    grid = quantizer.ready_qparams(quantizer.masked(weight)), quantizer.format, quantizer.granularity
+    columns: Any = Columns(*grid, weight.shape)
+    if quantizer.mask is not None:
+        columns = MaskedColumns(columns, quantizer.mask)
+    found = round_weight(weight, hessian, columns)
+    rounded = quantizer.masked(ops.fake_quantize(weight, *grid)).to(torch.float32)
     better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
     best = torch.where(better[:, None], found, rounded)
     for _ in range(sweeps):

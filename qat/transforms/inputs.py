@@ -13,23 +13,27 @@ from qat.transforms.blocks import Block
 Group = dict[str, QuantLinear]
 
 
-def inputs(block: Block) -> list[Group]:
-    """The linear layers of `block` whose weights are quantized, grouped by input, in the order in which they run.
+def inputs(block: Block, layers: Group | None = None) -> list[Group]:
+    """`layers` of `block`, grouped by input, in the order in which they run.
 
     Layers that the first batch does not reach, such as an expert's, come last and alone.
+
+    Args:
+        layers: by their names in the block; None: the linear layers whose weights are quantized.
     """
-    layers = {name: m for name, m in block.module.named_modules() if is_quantized_linear(m)}
+    if layers is None:
+        layers = {name: m for name, m in block.module.named_modules() if is_quantized_linear(m)}
     seen: dict[int, tuple[Tensor, Group]] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(name: str, own: QuantLinear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             # The tensor is held, so that no other can take its place in memory and look like it.
             _, group = seen.setdefault(id(args[0]), (args[0], {}))
-            group[name] = layers[name]
+            group[name] = own
 
         return hook
 
-    _run(block, block.calls[:1], {name: (layer, note(name)) for name, layer in layers.items()})
+    _run(block, block.calls[:1], {name: (layer, note(name, layer)) for name, layer in layers.items()})
     groups = [group for _, group in seen.values()]
     reached = {name for group in groups for name in group}
     return groups + [{name: layer} for name, layer in layers.items() if name not in reached]
@@ -37,13 +41,22 @@ def inputs(block: Block) -> list[Group]:
 
 def hessians(block: Block, groups: Sequence[Group]) -> list[Tensor]:
     """X^T X of the inputs of each of `groups`, `[in, in]` in float32, over all calls of `block`."""
+    return _sums(block, groups, 2, lambda total, x: total.addmm_(x.t(), x))
+
+
+def squares(block: Block, groups: Sequence[Group]) -> list[Tensor]:
+    """The diagonals of `hessians`, `[in]` each: the sum of the squares of every input feature."""
+    return _sums(block, groups, 1, lambda total, x: total.add_(x.square().sum(0)))
+
+
+def _sums(block: Block, groups: Sequence[Group], rank: int, add: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """For each of `groups` a tensor of `rank` dimensions, to which `add` has added every input `[tokens, in]`."""
     leaders = [next(iter(group.values())) for group in groups]
-    sums = [torch.zeros(layer.in_features, layer.in_features, device=block.device) for layer in leaders]
+    sums = [torch.zeros((layer.in_features,) * rank, device=block.device) for layer in leaders]
 
     def add_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).to(torch.float32)
-            total.addmm_(x.t(), x)
+            add(total, args[0].flatten(0, -2).to(torch.float32))
 
         return hook
 

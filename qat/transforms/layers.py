@@ -50,7 +50,7 @@ def kept_layers(model: nn.Module, layers: Mapping[str, nn.Module], scheme: Schem
 
     They are the output head and embeddings, unless the scheme wants them, and the routers of experts.
     """
-    head = next((name for name, layer in layers.items() if layer is _output_head(model)), None)
+    head = next((name for name, layer in layers.items() if layer is output_head(model)), None)
     embeddings = [name for name, layer in layers.items() if isinstance(layer, nn.Embedding)]
     tied = [] if head is None else [e for e in embeddings if layers[e].weight is layers[head].weight]
     either = scheme.head or scheme.embedding
@@ -82,7 +82,7 @@ def conv1d_to_linear(model: nn.Module) -> None:
         replace(model, name, linear.train(module.training))
 
 
-def _output_head(model: Any) -> nn.Module | None:
+def output_head(model: Any) -> nn.Module | None:
     """The layer that transformers calls the output embeddings."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 

@@ -42,6 +42,11 @@ class Format(ABC):
     def saturates(self) -> bool:
         """Whether values beyond `range` get no gradient."""
 
+    @property
+    def holds_zero(self) -> bool:
+        """Whether zero is a value of the grid, for an integer zero point; of a table it depends on the table: no."""
+        return True
+
     @abstractmethod
     def range(self) -> tuple[float, float]:
         """Lowest and highest value that the grid is for: the bounds that scales are computed for."""

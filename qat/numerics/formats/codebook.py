@@ -43,6 +43,10 @@ class CodebookFormat(Format):
     def saturates(self) -> bool:
         return False
 
+    @property
+    def holds_zero(self) -> bool:
+        return False
+
     def range(self) -> tuple[float, float]:
         # Codebooks are kept relative to the absolute maximum of what shares a scale.
         return -1.0, 1.0

@@ -40,6 +40,10 @@ class LevelFormat(Format):
     def saturates(self) -> bool:
         return True
 
+    @property
+    def holds_zero(self) -> bool:
+        return self.count % 2 == 1
+
     def range(self) -> tuple[float, float]:
         return -self.count / 2, self.count / 2
 
