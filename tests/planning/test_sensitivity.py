@@ -117,9 +117,9 @@ def test_hutchinsons_mean_is_the_trace():
     layers = planned_layers(model)
     traces = hessian_traces(model, list(layers.values()), data * 300)
     model.set_attn_implementation("eager")
-    for name in ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.v_proj"):
+    for name in ("model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"):
         exact = float(exact_hessian(model, layers[name].module.weight, data).trace())
-        assert traces[name] == pytest.approx(exact, rel=0.2)
+        assert traces[name] == pytest.approx(exact, rel=0.15)
 
 
 def test_hutchinsons_cost_follows_from_the_trace():
