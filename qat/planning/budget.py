@@ -1,6 +1,6 @@
 """Choosing one candidate for every layer within a budget, as an integer programme."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,13 +105,22 @@ def solve(costs: Numbers, spent: Numbers, limit: float, groups: Sequence[Sequenc
 
 
 def pareto(
-    costs: Numbers, spent: Numbers, groups: Sequence[Sequence[str]] | None = None, points: int = 24
+    costs: Numbers,
+    spent: Numbers,
+    groups: Sequence[Sequence[str]] | None = None,
+    points: int = 24,
+    also: Iterable[float] = (),
 ) -> list[Solution]:
-    """The best solution of each of `points` budgets, from the least that can be spent to the most that helps."""
+    """The best solution of each of `points` budgets, from the least that can be spent to the most that helps.
+
+    Args:
+        also: further budgets, of which those in between are solved too.
+    """
     variables = _variables(costs, spent, groups or [(layer,) for layer in costs])
     least = sum(min(v.spent for v in own) for own in variables)
     best = sum(min(own, key=lambda v: (v.cost, v.spent)).spent for own in variables)
-    return [solve(costs, spent, float(limit), groups) for limit in np.linspace(least, best, points)]
+    limits = sorted({*np.linspace(least, best, points).tolist(), *(limit for limit in also if least < limit < best)})
+    return [solve(costs, spent, limit, groups) for limit in limits]
 
 
 class _Variable(NamedTuple):

@@ -54,7 +54,7 @@ def _heat_map(plan: Plan, axis: Any) -> None:
     for layer, candidate in plan.assignment.items():
         kind, depth = _place(layer)
         cells[kinds.index(kind), depth] = list(order).index(candidate)
-    colours = _colours(len(order))
+    colours = list(order.values())
     norm = BoundaryNorm(np.arange(len(order) + 1) - 0.5, len(order))
     axis.imshow(cells, aspect="auto", cmap=ListedColormap(colours), norm=norm)
     axis.set_yticks(range(len(kinds)), kinds, fontsize=8)
@@ -72,20 +72,18 @@ def _heat_map(plan: Plan, axis: Any) -> None:
     )
 
 
-def _by_bits(plan: Plan) -> dict[str, float]:
-    """The candidates that were chosen, fewest bits per weight first."""
-    found: dict[str, float] = {}
-    for name in set(plan.assignment.values()):
-        layers = [layer for layer, own in plan.assignment.items() if own == name]
-        found[name] = sum(plan.bits[layer][name] for layer in layers) / sum(plan.weights[layer] for layer in layers)
-    return dict(sorted(found.items(), key=lambda entry: (entry[1], entry[0])))
+def _by_bits(plan: Plan) -> dict[str, Any]:
+    """The candidates that were chosen and their colours, fewest bits per weight first: light for few, dark for many.
 
-
-def _colours(count: int) -> list[Any]:
-    """Light for few bits, dark for many."""
+    Colours follow from all candidates, so that plans of different budgets share them.
+    """
     import matplotlib
 
-    return [matplotlib.colormaps["viridis_r"](0.08 + 0.84 * i / max(1, count - 1)) for i in range(count)]
+    layer = next(iter(plan.bits))
+    order = sorted(plan.candidates, key=lambda name: (plan.bits[layer][name], name))
+    shades = {name: 0.05 + 0.9 * i / max(1, len(order) - 1) for i, name in enumerate(order)}
+    chosen = set(plan.assignment.values())
+    return {name: matplotlib.colormaps["viridis_r"](shades[name]) for name in order if name in chosen}
 
 
 def _curve(plan: Plan, axis: Any) -> None:

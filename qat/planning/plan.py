@@ -56,8 +56,9 @@ class Plan:
 
     @cached_property
     def curve(self) -> list[Solution]:
-        """The best choice for each of a range of budgets."""
-        return pareto(self.costs, self.spent, self.groups)
+        """The best choice for each of a range of budgets, among them this one and those of uniform choices."""
+        also = [self.budget.limit, *(solution.spent for solution in self.uniform().values())]
+        return pareto(self.costs, self.spent, self.groups, also=also)
 
     def uniform(self) -> dict[str, Solution]:
         """Every candidate that all layers may get, given to all of them."""
