@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,7 @@ Batches = list[dict[str, Tensor]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/mixed"), help="where rows and sensitivities are kept"
-    )
+    parser.add_argument("--work", type=Path, default=Path("outputs/mixed"), help="where figures are kept")
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=["fisher"])
     parser.add_argument("--methods", nargs="+", choices=("rtn", "gptq"), default=["rtn"])
     parser.add_argument("--windows", type=int, default=64, help="of the evaluation text; 0 takes all")
@@ -82,14 +80,17 @@ class Benchmark:
         name, group = UNIFORM[limit]
         uniform = qat.Scheme(weight=partial(LSQQuantizer, bits=3, granularity=f"per_group_{group}"))
         found, seconds = self.plan(limit, signal)
-        drawn = [
-            self.ppl(f"random{seed}@{limit}-{method}", self._drawn(limit, seed), method) for seed in range(self.draws)
+        chance = [
+            self.ppl(f"random{seed}@{limit}-{method}", self._drawn(limit, seed), method, limit)
+            for seed in range(self.draws)
         ]
         row = {"bits_per_weight": limit, "model": MODEL, "text": "wiki106.val", "windows": len(self.val)}
         row |= {"signal": signal, "method": method, "calibration_windows": len(self.calibration), "uniform": name}
-        row |= {"ppl_fp": self.ppl("fp", None, "rtn"), "ppl_uniform": self.ppl(f"{name}-{method}", uniform, method)}
-        row |= {"ppl_random": sum(drawn) / len(drawn), "ppl_random_draws": drawn}
-        row["ppl_mixed"] = self.ppl(f"{signal}@{limit}-{method}", self._scheme(found.assignment), method)
+        row["ppl_fp"] = self.ppl("fp", None, method, limit)
+        row["ppl_uniform"] = self.ppl(f"{name}-{method}", uniform, method, limit)
+        row |= {"ppl_random": sum(chance) / len(chance), "ppl_random_draws": chance}
+        mixed = self._scheme(found.assignment)
+        row["ppl_mixed"] = self.ppl(f"{signal}@{limit}-{method}", mixed, method, limit)
         row |= {"planned_bits_per_weight": found.bits_per_weight, "plan_seconds": seconds}
         row["layers"] = {c: sum(own == c for own in found.assignment.values()) for c in self.candidates}
         print(row, flush=True)
@@ -102,19 +103,20 @@ class Benchmark:
                      folder=self.work / "rows")  # fmt: skip
         return found, self._kept(path, lambda: time.perf_counter() - started)
 
-    def ppl(self, arm: str, scheme: qat.Scheme | None, method: str) -> float:
-        """Perplexity of one arm; held to the bits that it claims."""
+    def ppl(self, arm: str, scheme: qat.Scheme | None, method: str, limit: float) -> float:
+        """Perplexity of one arm; none may spend more than `limit` bits per weight."""
         key = hashlib.sha256(repr((scheme, self.val.shape, self.calibration.shape)).encode()).hexdigest()[:12]
-        return self._kept(self.work / f"{arm}-{key}.json", lambda: self._measured(arm, scheme, method))
+        return self._kept(self.work / f"{arm}-{key}.json", lambda: self._measured(arm, scheme, method, limit))
 
-    def _measured(self, arm: str, scheme: qat.Scheme | None, method: str) -> float:
+    def _measured(self, arm: str, scheme: qat.Scheme | None, method: str, limit: float) -> float:
         model = load()
         if scheme is not None:
             qat.prepare(model, scheme)
             if method == "gptq":
                 gptq(model, self._batches(8), folder=self.work / arm)
             bits = bits_per_weight(model)
-            assert bits <= max(UNIFORM) + 1e-9, f"{arm} has {bits} bits per weight"
+            if bits > limit + 1e-9:
+                raise SystemExit(f"{arm} spends {bits} bits per weight, more than {limit}: the comparison is not fair.")
         return perplexity(model, self.val)
 
     def _batches(self, size: int) -> Batches:
@@ -131,7 +133,7 @@ class Benchmark:
         }
         return qat.Scheme(rules=rules)
 
-    def _kept(self, path: Path, measure: Any) -> float:
+    def _kept(self, path: Path, measure: Callable[[], float]) -> float:
         if not path.is_file():
             value = measure()
             with replaced_file(path) as temporary:
