@@ -6,14 +6,15 @@
 TEXTS as in benchmarks/grids.py; a run that stopped goes on. The model is benchmarks/recipe.py's, all its linear layers
 but the head are quantized, weights only, with LSQ's least-squares scales. A row for each budget (bits per weight,
 scales counted), signal and method: `ppl_uniform`, 3-bit integers in groups of 64 or 32, which spend exactly the budget;
-`ppl_random`, the mean over layers' bits drawn at random until the budget is spent; `ppl_mixed`, the plan. Plans and
-draws choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and gate and up, the same.
+`ppl_random`, the geometric mean over layers' bits drawn at random until the budget is spent; `ppl_mixed`, the plan. Plans
+and draws choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and gate and up, the same.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -88,7 +89,7 @@ class Benchmark:
         row |= {"signal": signal, "method": method, "calibration_windows": len(self.calibration), "uniform": name}
         row["ppl_fp"] = self.ppl("fp", None, method, limit)
         row["ppl_uniform"] = self.ppl(f"{name}-{method}", uniform, method, limit)
-        row |= {"ppl_random": sum(chance) / len(chance), "ppl_random_draws": chance}
+        row |= {"ppl_random": statistics.geometric_mean(chance), "ppl_random_draws": chance}
         mixed = self._scheme(found.assignment)
         row["ppl_mixed"] = self.ppl(f"{signal}@{limit}-{method}", mixed, method, limit)
         row |= {"planned_bits_per_weight": found.bits_per_weight, "plan_seconds": seconds}
