@@ -6,8 +6,8 @@
 TEXTS as in benchmarks/grids.py; a run that stopped goes on. The model is benchmarks/recipe.py's, all its linear layers
 but the head are quantized, weights only, with LSQ's least-squares scales. A row for each budget (bits per weight,
 scales counted), signal and method: `ppl_uniform`, 3-bit integers in groups of 64 or 32, which spend exactly the budget;
-`ppl_random`, the geometric mean over layers' bits drawn at random until the budget is spent; `ppl_mixed`, the plan. Plans
-and draws choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and gate and up, the same.
+`ppl_random`, the geometric mean over layers' bits drawn at random until the budget is spent; `ppl_mixed`, the plan.
+Plans and draws choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and gate and up, the same.
 """
 
 import argparse
