@@ -37,10 +37,10 @@ def config_dir() -> Path:
 
 def main() -> None:
     """Entry point of `python train.py` and `qat-train`."""
-    _quiet()
+    quiet()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _terminate)
-    _reporting(_compose_and_run)
+    reporting(_compose_and_run)
 
 
 def _compose_and_run() -> None:
@@ -56,7 +56,7 @@ def _flags_first(arguments: list[str]) -> list[str]:
     return [*flags, *(argument for argument in arguments if argument not in flags)]
 
 
-def _reporting(work: Callable[[], Result]) -> Result:
+def reporting(work: Callable[[], Result]) -> Result:
     """Do `work`; print a mistake as one line and exit. A defect keeps its traceback; QAT_TRACEBACK=1 keeps them all."""
     try:
         return work()
@@ -99,8 +99,8 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 
 def _task(cfg: DictConfig) -> float:
     # Reported in here already: an exception that leaves the task makes Hydra print a report of its own.
-    _reporting(lambda: _claim(cfg))
-    return _reporting(lambda: _run(cfg))
+    reporting(lambda: _claim(cfg))
+    return reporting(lambda: _run(cfg))
 
 
 def _claim(cfg: DictConfig) -> None:
@@ -127,7 +127,7 @@ def _run(cfg: DictConfig) -> float:
         return _job(cfg)
     except SystemExit:
         resume = shlex.quote(f"resume={HydraConfig.get().runtime.output_dir}")
-        print(f"\nResume with: {_program()} {resume}", flush=True)
+        print(f"\nResume with: {program()} {resume}", flush=True)
         raise
 
 
@@ -162,7 +162,8 @@ def _check_choices(cfg: DictConfig) -> None:
         )
 
 
-def _program() -> str:
+def program() -> str:
+    """How the user called this."""
     return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
@@ -219,7 +220,7 @@ def _composition(error: ConfigCompositionException) -> str:
     return f"{text}{nearest(word, groups)}" if word else text
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Drop notices about the internals of Lightning, transformers, and what these import where it is installed."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ FLOORS = [
     "qat.quantizers",
     "qat.nn",
     "qat.transforms",
+    "qat.planning",
     "qat.export",
     "qat",
     "lightning_modules",

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, pruning, recipe
+from benchmarks import grids, kv_cache, mixed, pruning, recipe
+from qat.planning import integers, planned_layers, storage
 from tests.conftest import tiny_llama
 
 
@@ -24,7 +25,7 @@ def results(monkeypatch, tmp_path):
     def windows(folder, length):
         return tuple(torch.randint(64, (12, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
 
-    for module in (grids, kv_cache, pruning):
+    for module in (grids, kv_cache, mixed, pruning):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "windows", windows)
         monkeypatch.setattr(module, "record", lambda name, command, rows: found.update({name: rows}))
@@ -32,8 +33,8 @@ def results(monkeypatch, tmp_path):
     return found
 
 
-def run(monkeypatch, module, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", "--steps", "3", *arguments])
+def run(monkeypatch, module, *arguments, steps=("--steps", "3")):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", *steps, *arguments])
     module.main()
 
 
@@ -85,3 +86,31 @@ def test_pruning(results, monkeypatch):
             assert row["bits_per_weight"] == 4.25
             assert row["mib"] < dense["mib"]
     assert rows["sparsegpt", "2:4", "int4-g64"]["density"] <= 0.5
+
+
+def test_mixed(results, monkeypatch):
+    arguments = ["--signals", "kl", "entropy", "--methods", "rtn", "gptq", "--draws", "2"]
+    run(monkeypatch, mixed, *arguments, steps=())
+    first = results.pop("mixed")
+    keys = [(row["bits_per_weight"], row["signal"], row["method"]) for row in first]
+    assert keys == [(b, s, m) for m in ("rtn", "gptq") for s in ("kl", "entropy") for b in (3.25, 3.5)]
+    for row in first:
+        assert row["planned_bits_per_weight"] <= row["bits_per_weight"] + 1e-9
+        assert sum(row["layers"].values()) == 14
+        assert len(row["ppl_random_draws"]) == 2
+        assert min(row[key] for key in ("ppl_uniform", "ppl_random", "ppl_mixed", "ppl_fp")) > 1
+    assert first[0]["ppl_uniform"] == first[2]["ppl_uniform"] != first[4]["ppl_uniform"]
+    monkeypatch.setattr(mixed, "perplexity", None)
+    run(monkeypatch, mixed, *arguments, steps=())
+    assert results["mixed"] == first  # nothing was measured again
+
+
+def test_bits_drawn_at_random_spend_the_budget():
+    layers = planned_layers(tiny_llama())
+    bits = storage(layers, integers())
+    for seed in range(3):
+        assignment = mixed.drawn(tiny_llama(), integers(), 3.5, seed)
+        spent = sum(bits[layer][name] for layer, name in assignment.items())
+        share = spent / sum(layer.weights for layer in layers.values())
+        assert 3.4 < share <= 3.5
+        assert len(set(assignment.values())) > 2

@@ -49,7 +49,9 @@ def test_the_wheel_holds_configs_and_text(wheel):
     shipped = {path.relative_to(wheel / "lightning_modules/configs") for path in wheel.rglob("*.yaml")}
     assert shipped == configs
     assert (wheel / "lightning_modules/data/text/factbook.train.txt").stat().st_size > 1_000_000
-    assert "qat-train = lightning_modules.cli:main" in next(wheel.glob("*/entry_points.txt")).read_text()
+    commands = next(wheel.glob("*/entry_points.txt")).read_text()
+    assert "qat-train = lightning_modules.cli:main" in commands
+    assert "qat-plan = lightning_modules.plan:main" in commands
     assert {path.name for path in wheel.iterdir()} <= {"qat", "lightning_modules"} | {
         p.name for p in wheel.glob("*info")
     }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics.formats import CodebookFormat
-from qat.numerics.gptq import Columns
+from qat.numerics.gptq import ColumnGrid
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerToken
 from qat.numerics.qtensor import QuantizedTensor, ViewParams
 from qat.numerics.ste import round_to_storage
@@ -18,7 +18,7 @@ _RIDGE = 1e-6
 
 
 @torch.no_grad()
-def descend(weight: Tensor, w_hat: Tensor, hessian: Tensor, columns: Columns, block_size: int = 128) -> Tensor:
+def descend(weight: Tensor, w_hat: Tensor, hessian: Tensor, columns: ColumnGrid, block_size: int = 128) -> Tensor:
     """One sweep of coordinate descent: each column in turn goes to its best grid values, the others staying.
 
     w_hat_i <- round(w_hat_i - ((W_hat - W) H)_i / H_ii), as QuantEase (arXiv 2309.01885).

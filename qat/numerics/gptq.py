@@ -6,6 +6,7 @@ by the same loop.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ _MORE, _MOST = 10.0, 1.0
 
 # What takes the place of a column: of all columns as they are by then, `[in, out]`, and the position of the one.
 Choice = Callable[[Tensor, int], Tensor]
+
+
+class ColumnGrid(Protocol):
+    """What rounds the columns of a matrix one by one."""
+
+    def round(self, values: Tensor, column: int) -> Tensor:
+        """The nearest grid values of `values` `[rows]`, which stand in `column`."""
 
 
 class Columns:
@@ -60,7 +68,7 @@ class Columns:
 def gptq(
     weight: Tensor,
     hessian: Tensor,
-    columns: Columns,
+    columns: ColumnGrid,
     damping: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,

@@ -114,8 +114,8 @@ def walk(
     model.eval()
     try:
         calls = _first_calls(model, stack, batches)
-        finished = _Finished(folder, f"{key}|{_fingerprint(model, calls[0])}")
-        with _progress() as progress:
+        finished = _Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
+        with progress_bar() as progress:
             task = progress.add_task(title, total=len(stack))
             for index, module in enumerate(stack):
                 block = Block(f"{name}.{index}", module.to(device), index, len(stack), calls[index], device)
@@ -236,11 +236,11 @@ class _Finished:
         return None if self._folder is None else self._folder / f"block{index}.safetensors"
 
 
-def _fingerprint(model: nn.Module, calls: Iterable[Call]) -> str:
+def fingerprint(model: nn.Module, data: Iterable[Tensor]) -> str:
     """Of the data, and of a sample of every weight."""
     digest = hashlib.sha256()
-    for call in calls:
-        digest.update(_bytes(call.hidden))
+    for tensor in data:
+        digest.update(_bytes(tensor))
     for name, tensor in model.state_dict().items():
         step = max(1, tensor.numel() // _SAMPLE)
         digest.update(f"{name} {list(tensor.shape)}".encode() + _bytes(tensor.reshape(-1)[::step]))
@@ -251,6 +251,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Shows how many of how many are done, and the time that remains."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, transient=True)

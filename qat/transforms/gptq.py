@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from qat.kernels import ops
 from qat.nn import QuantLinear
-from qat.numerics.gptq import Columns, output_errors
+from qat.numerics.gptq import ColumnGrid, output_errors
 from qat.numerics.gptq import gptq as gptq_weight
-from qat.numerics.sparsity import MaskedColumns
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
 from qat.transforms.inputs import hessians, inputs
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
-from qat.transforms.refine import refined
+from qat.transforms.refine import columns_of, refined
+
+# A weight, its Hessian and the grid of its columns, to grid values.
+RoundWeight = Callable[[Tensor, Tensor, ColumnGrid], Tensor]
 
 
 def gptq(
@@ -87,7 +89,7 @@ def fix_scales(model: nn.Module) -> None:
 @torch.no_grad()
 def _gptq_block(
     block: Block,
-    round_weight: Callable[[Tensor, Tensor, Columns], Tensor],
+    round_weight: RoundWeight,
     true_sequential: bool,
     importance: bool,
     sweeps: int,
@@ -103,7 +105,7 @@ def _gptq_block(
 def _gptq_layer(
     layer: QuantLinear,
     hessian: Tensor,
-    round_weight: Callable[[Tensor, Tensor, Columns], Tensor],
+    round_weight: RoundWeight,
     importance: bool,
     sweeps: int,
 ) -> None:
@@ -112,11 +114,8 @@ def _gptq_layer(
     assert isinstance(quantizer, Quantizer)
     if importance and hessian.any():
         quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
+    found = round_weight(weight, hessian, columns_of(quantizer, weight))
     grid = quantizer.ready_qparams(quantizer.masked(weight)), quantizer.format, quantizer.granularity
-    columns: Any = Columns(*grid, weight.shape)
-    if quantizer.mask is not None:
-        columns = MaskedColumns(columns, quantizer.mask)
-    found = round_weight(weight, hessian, columns)
     rounded = quantizer.masked(ops.fake_quantize(weight, *grid)).to(torch.float32)
     better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
     best = torch.where(better[:, None], found, rounded)

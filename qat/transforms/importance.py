@@ -40,8 +40,8 @@ def fisher(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     sums = {weight: torch.zeros_like(weight, dtype=torch.float32) for _, weight, _ in _fitted(model)}
     if not sums:
         raise InputError(_NO_CODEBOOK.format(name="fisher", where=""))
-    with full_precision(model), _gradients_only_of(model, sums), torch.enable_grad():
-        hooks = [weight.register_post_accumulate_grad_hook(_squares_into(total)) for weight, total in sums.items()]
+    with full_precision(model), gradients_only_of(model, sums), torch.enable_grad():
+        hooks = [weight.register_post_accumulate_grad_hook(squares_into(total)) for weight, total in sums.items()]
         try:
             count = sum(_backward(model, batch) for batch in batches)
         finally:
@@ -101,7 +101,7 @@ def _fitted(model: nn.Module) -> Iterator[tuple[QuantLayer, Tensor, KMeansQuanti
 
 
 @contextmanager
-def _gradients_only_of(model: nn.Module, chosen: Iterable[Tensor]) -> Iterator[None]:
+def gradients_only_of(model: nn.Module, chosen: Iterable[Tensor]) -> Iterator[None]:
     """Other parameters need no gradient for a while."""
     before: dict[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
     for parameter in before:
@@ -115,7 +115,7 @@ def _gradients_only_of(model: nn.Module, chosen: Iterable[Tensor]) -> Iterator[N
             parameter.requires_grad_(needs)
 
 
-def _squares_into(total: Tensor) -> Callable[[Tensor], None]:
+def squares_into(total: Tensor) -> Callable[[Tensor], None]:
     """A hook that adds a weight's squared gradient to `total` and frees the gradient."""
 
     def hook(weight: Tensor) -> None:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qat.numerics.descent import descend, refit
-from qat.numerics.gptq import Columns, output_errors
+from qat.numerics.gptq import ColumnGrid, Columns, output_errors
 from qat.numerics.qtensor import QuantizedTensor, ViewParams
+from qat.numerics.sparsity import MaskedColumns
 from qat.quantizers import Quantizer
 
 
@@ -19,14 +20,21 @@ def refined(weight: Tensor, w_hat: Tensor, hessian: Tensor, quantizer: Quantizer
         hessian: `[in, in]`, up to a factor.
     """
     q = replace(quantizer.quantize(w_hat), dtype=torch.float32)
-    params = refit(weight, q, hessian)
+    # Another grid need not have the zero that pruned weights decode to.
+    params = refit(weight, q, hessian) if quantizer.mask is None else None
     if params is not None:
         candidate = _with(q, params).dequantize()
         better = output_errors(weight, candidate, hessian) < output_errors(weight, w_hat, hessian)
         if quantizer.adopt(_chosen(better, params, q.qparams.for_view())):
             w_hat = torch.where(better[:, None], candidate, w_hat)
-    columns = Columns(quantizer.qparams(weight), quantizer.format, quantizer.granularity, weight.shape)
-    return descend(weight, w_hat, hessian, columns)
+    return descend(weight, w_hat, hessian, columns_of(quantizer, weight))
+
+
+def columns_of(quantizer: Quantizer, weight: Tensor) -> ColumnGrid:
+    """The grid of every column of `weight`, where pruned elements are zero."""
+    qparams = quantizer.ready_qparams(quantizer.masked(weight))
+    columns = Columns(qparams, quantizer.format, quantizer.granularity, weight.shape)
+    return columns if quantizer.mask is None else MaskedColumns(columns, quantizer.mask)
 
 
 def _with(q: QuantizedTensor, params: ViewParams) -> QuantizedTensor:

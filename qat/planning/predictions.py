@@ -1,0 +1,93 @@
+"""What a model predicts on the calibration data, checked as it comes."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import InputError
+from qat.planning.candidates import PlannedLayer
+
+IGNORED = -100  # the label that cross entropy skips
+Batch = Mapping[str, Tensor]
+
+
+def calibration(model: nn.Module, batches: Iterable[Any], layers: Mapping[str, PlannedLayer]) -> list[Batch]:
+    """The batches on the model's device, refused where they are too few to say anything about `layers`.
+
+    With fewer tokens than a layer has inputs, there are directions of its input that no token has.
+
+    Raises:
+        InputError: if there are fewer learned tokens than the widest layer has inputs.
+    """
+    device = next(model.parameters()).device
+    found: list[Batch] = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+    tokens = sum(learned_tokens(batch) for batch in found)
+    widths = {m.shape[1]: layer.name for layer in layers.values() for m in layer.matrices().values()}
+    widest = max(widths)
+    if tokens < widest:
+        raise InputError(
+            f"Too little data: {tokens} tokens to learn from, and {widths[widest]} has {widest} inputs. Give at least "
+            "as many tokens: raise calibration_batches, data.batch_size or data.sequence_length."
+        )
+    return found
+
+
+def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits `[n, vocabulary]` in float32, and labels `[n]`, of the n tokens of `batch` that are learned.
+
+    Raises:
+        InputError: if a logit is NaN or infinite; the first layer that made one is named.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    learned = _learned(batch)
+    kept = logits[:, :-1][learned].to(torch.float32)
+    if not torch.isfinite(kept).all():
+        raise InputError(_blame(model, inputs))
+    return kept, _labels(batch)[:, 1:][learned]
+
+
+def learned_tokens(batch: Batch) -> int:
+    """The number of tokens of `batch` that are predicted and count."""
+    return int(_learned(batch).sum())
+
+
+def _labels(batch: Batch) -> Tensor:
+    return batch.get("labels", batch["input_ids"])
+
+
+def _learned(batch: Batch) -> Tensor:
+    """Which tokens but the first are predicted and count, `[batch, tokens - 1]`."""
+    learned = _labels(batch)[:, 1:] != IGNORED
+    if "labels" not in batch and "attention_mask" in batch:
+        learned &= batch["attention_mask"][:, 1:].bool()
+    return learned
+
+
+@torch.no_grad()
+def _blame(model: nn.Module, inputs: Batch) -> str:
+    """Name the first layer whose output is not finite."""
+    guilty: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                guilty.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = guilty[0] if guilty else "The model"
+    return (
+        f"{where} made NaN or infinity of the calibration data: look at its weights; a model in float16 may need "
+        "bfloat16."
+    )
