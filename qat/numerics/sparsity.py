@@ -193,6 +193,9 @@ def _rounded(values: Tensor, kept: Tensor, column: int, columns: Columns | None)
 
 def _highest(view: Tensor, count: int) -> Tensor:
     """A mask of the `count` highest of each row of `view`; of equal ones the first."""
-    order = view.argsort(dim=1, descending=True, stable=True)
-    mask = torch.zeros(view.shape, dtype=torch.bool, device=view.device)
-    return mask.scatter_(1, order[:, :count], True)
+    if count == 0:
+        return torch.zeros(view.shape, dtype=torch.bool, device=view.device)
+    least = view.kthvalue(view.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, equal = view > least, view == least
+    missing = count - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= missing))
