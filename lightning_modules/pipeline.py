@@ -34,6 +34,8 @@ from qat.transforms.masks import sparsity
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
 SAVED = "saved, loaded"
+# Transforms that choose a grid, on which weights are then rounded to nearest.
+_ONLY_FIT = ("calibrate", "fisher", "hessian")
 _MIB = 2**20
 
 
@@ -95,7 +97,7 @@ class Job:
         self._prepare()
         quantized = is_quantized(self.model)
         if quantized:
-            self._measure(ROUNDED)
+            self._measure(self._untrained)
         if self.cfg.fit:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
             self._measure(TRAINED if quantized else TUNED)
@@ -111,6 +113,12 @@ class Job:
         self.report.print(self.console)
         self._draw()
         return self.report.rows
+
+    @property
+    def _untrained(self) -> str:
+        """What the row of the model that is quantized and not trained is called."""
+        methods = [name for name in self.cfg.transforms if name not in _ONLY_FIT]
+        return f"quantized by {' and '.join(methods)}" if methods else ROUNDED
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
@@ -187,7 +195,7 @@ class Job:
 
     def _prepare(self) -> None:
         # A checkpoint will bring the quantizers' state, unless the rounding row is still to be measured.
-        fresh = self.checkpoint is None or not self.report.has(ROUNDED, 0)
+        fresh = self.checkpoint is None or not self.report.has(self._untrained, 0)
         self.model.to(self.trainer.strategy.root_device)
         with Progress(console=self.console, transient=True) as progress:
             task = progress.add_task("fitting quantizers", total=None)
