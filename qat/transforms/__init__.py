@@ -1,26 +1,34 @@
 """Transforms: whole-model operations before and after training."""
 
+from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
 from qat.transforms.gptq import gptq
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
+from qat.transforms.neighbours import Fold, fold_scale_, neighbours
 from qat.transforms.prepare import prepare
 from qat.transforms.rules import KVCache, Rule, Scheme
+from qat.transforms.smoothquant import smoothquant
 
 __all__ = [
+    "Fold",
     "KVCache",
     "Rule",
     "Scheme",
+    "awq",
     "calibrate",
     "codebooks",
     "convert",
     "fisher",
+    "fold_scale_",
     "gptq",
     "hessian",
     "is_quantized",
+    "neighbours",
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "smoothquant",
     "uncalibrated",
 ]
