@@ -78,7 +78,12 @@ class QuantExperts(_Experts, QuantLayer):
 
     @staticmethod
     def as_matrix(module: Any, weight: Tensor) -> Tensor:
-        return (weight.mT if _is_transposed(module) else weight).flatten(0, -2)
+        return QuantExperts.as_matrices(module, weight).flatten(0, -2)
+
+    @staticmethod
+    def as_matrices(module: Any, weight: Tensor) -> Tensor:
+        """`weight` of `module` as a view of one matrix for each expert, `[experts, out, in]`."""
+        return weight.mT if _is_transposed(module) else weight
 
     def write(self, name: str, matrix: Tensor) -> None:
         getattr(self, name).detach().copy_(self._unflattened(name, matrix))  # a transposed one is no view

@@ -1,30 +1,38 @@
 """Transforms: whole-model operations before and after training."""
 
+from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
 from qat.transforms.gptq import gptq
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
+from qat.transforms.neighbours import Fold, fold_scale_, neighbours
 from qat.transforms.prepare import prepare
 from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.rules import KVCache, Rule, Scheme
+from qat.transforms.smoothquant import smoothquant
 from qat.transforms.structured import structured
 
 __all__ = [
+    "Fold",
     "KVCache",
     "Rule",
     "Scheme",
+    "awq",
     "calibrate",
     "codebooks",
     "convert",
     "fisher",
+    "fold_scale_",
     "gptq",
     "hessian",
     "is_quantized",
     "magnitude",
+    "neighbours",
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "smoothquant",
     "sparsegpt",
     "structured",
     "uncalibrated",

@@ -67,13 +67,16 @@ class Block:
 Work = Callable[[Block], None]
 
 
-def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that `model` consists of, and its name: the outermost one that holds quantized layers.
+def block_list(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that `model` consists of, and its name: the outermost one that holds most of `layers`.
+
+    Args:
+        layers: names of layers; None takes the quantized ones.
 
     Raises:
         InputError: if there is none.
     """
-    quantized = [name for name, _ in quant_layers(model)]
+    quantized = [name for name, _ in quant_layers(model)] if layers is None else list(layers)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     held = {name: sum(layer.startswith(f"{name}.") for layer in quantized) for name, _ in lists}
     best = max(lists, key=lambda entry: held[entry[0]], default=None)

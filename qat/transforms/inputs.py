@@ -64,6 +64,25 @@ def _sums(block: Block, groups: Sequence[Group], rank: int, add: Callable[[Tenso
     return sums
 
 
+def magnitudes(block: Block, modules: Sequence[nn.Module], largest: bool = False) -> list[Tensor]:
+    """Mean of |x|, or its maximum, over all that each of `modules` is given, `[in]` in float32, over all calls."""
+    sums: dict[int, Tensor] = {}
+    counts = [0] * len(modules)
+
+    def gather(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).to(torch.float32).abs()
+            counts[index] += len(x)
+            own = x.amax(0) if largest else x.sum(0)
+            before = sums.get(index, torch.zeros_like(own))
+            sums[index] = torch.maximum(before, own) if largest else before + own
+
+        return hook
+
+    _run(block, block.calls, {str(i): (module, gather(i)) for i, module in enumerate(modules)})
+    return [sums[i] if largest else sums[i] / counts[i] for i in range(len(modules))]
+
+
 def is_quantized_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer whose weight gets codes."""
     return isinstance(module, QuantLinear) and isinstance(module.weight_quantizer, Quantizer)
