@@ -26,7 +26,7 @@ from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
 from qat.nn.kv_quantizer import kv_layers
-from qat.transforms import Scheme, is_quantized, quantizes_weights, uncalibrated
+from qat.transforms import Scheme, is_quantized, quantizes_weights, restructure, uncalibrated
 
 FULL, ROUNDED = "full precision", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
@@ -158,9 +158,11 @@ class Job:
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        transforms = instantiate(self.cfg.transforms).values()
         if not fresh:
+            restructure(self.model, transforms)
             return
-        for transform in instantiate(self.cfg.transforms).values():
+        for transform in transforms:
             transform(self.model, self._calibration_batches())
         for name in uncalibrated(self.model):
             raise InputError(f"{name} is static but nothing calibrated it: add transforms=calibrate.")

@@ -4,12 +4,14 @@ from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
 from qat.transforms.gptq import gptq
+from qat.transforms.hadamard import rotate
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
 from qat.transforms.neighbours import Fold, fold_scale_, neighbours
 from qat.transforms.prepare import prepare
 from qat.transforms.rules import KVCache, Rule, Scheme
 from qat.transforms.smoothquant import smoothquant
+from qat.transforms.structure import restructure
 
 __all__ = [
     "Fold",
@@ -29,6 +31,8 @@ __all__ = [
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "restructure",
+    "rotate",
     "smoothquant",
     "uncalibrated",
 ]
