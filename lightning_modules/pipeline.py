@@ -28,7 +28,7 @@ from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
-from qat.transforms import Scheme, is_quantized, quant_layers, quantizes_weights, uncalibrated
+from qat.transforms import Scheme, is_quantized, quant_layers, quantizes_weights, restructure, uncalibrated
 from qat.transforms.masks import sparsity
 
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
@@ -205,9 +205,11 @@ class Job:
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        transforms = instantiate(self.cfg.transforms).values()
         if not fresh:
+            restructure(self.model, transforms)
             return
-        for transform in instantiate(self.cfg.transforms).values():
+        for transform in transforms:
             transform(self.model, self._calibration_batches())
         for name in uncalibrated(self.model):
             raise InputError(f"{name} is static but nothing calibrated it: add transforms=calibrate.")

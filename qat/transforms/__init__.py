@@ -4,6 +4,7 @@ from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
 from qat.transforms.gptq import gptq
+from qat.transforms.hadamard import rotate
 from qat.transforms.importance import fisher, hessian
 from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantizes_weights
 from qat.transforms.neighbours import Fold, fold_scale_, neighbours
@@ -11,6 +12,7 @@ from qat.transforms.prepare import prepare
 from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.rules import KVCache, Rule, Scheme
 from qat.transforms.smoothquant import smoothquant
+from qat.transforms.structure import restructure
 from qat.transforms.structured import structured
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "restructure",
+    "rotate",
     "smoothquant",
     "sparsegpt",
     "structured",

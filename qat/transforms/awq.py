@@ -41,7 +41,7 @@ def awq(
     the least squared error of their outputs, tr((W - W_hat) X^T X (W - W_hat)^T), where W_hat is Q(W s) / s under each
     layer's own quantizer. Zero is among them, so no group of layers gets worse. The scale goes into the norm before
     them, or the linear layer, whose own error must not grow: the model computes what it did. Then every group of
-    weights is clipped where the same error is least. Weights are not rounded: `convert` does that, or `gptq` next.
+    weights is clipped where the same error is least. Nothing is rounded: `convert` does that, or `gptq` after this.
 
     Layers without a source that can be proven (see `neighbours`) are only clipped; experts keep their weights.
 

@@ -42,7 +42,7 @@ class Norm:
     @property
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else bias.detach().double()
+        return None if bias is None else bias.detach().double().clone()  # a copy also where it is float64 already
 
     @torch.no_grad()
     def fill_(self, gain: Tensor, bias: Tensor | None) -> None:

@@ -151,7 +151,7 @@ class _Block:
 
     def _from_norms(self) -> Iterable[Fold]:
         for module, output in self._seen.outputs.items():
-            targets = [m for m in self._readers if _is_same(self._seen.inputs[m], output)]
+            targets = [m for m in self._readers if is_same(self._seen.inputs[m], output)]
             norm = norm_of(module, self._seen.inputs[module]) if targets else None
             if norm is not None:
                 yield from self._proven(module, norm, targets, torch.arange(output.shape[-1], device=output.device))
@@ -219,7 +219,7 @@ def _only(columns: Tensor, scale: Tensor) -> Tensor:
     return torch.where(read, scale, torch.ones_like(scale))
 
 
-def _is_same(x: Tensor, y: Tensor) -> bool:
+def is_same(x: Tensor, y: Tensor) -> bool:
     """Whether both look at the same memory with the same channels last."""
     if x.shape[-1:] != y.shape[-1:] or x.numel() != y.numel() or not x.is_floating_point():
         return False
