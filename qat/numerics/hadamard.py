@@ -58,6 +58,27 @@ def mean_keeping(size: int, generator: torch.Generator) -> Tensor:
     return bases[0] @ bases[1].T
 
 
+def cayley_step(matrix: Tensor, gradient: Tensor, rate: float, keep_mean: bool = False) -> Tensor:
+    """One step of gradient descent on orthogonal matrices (Cayley SGD, arXiv 2002.01113).
+
+    Y = (I + a/2 A)^-1 (I - a/2 A) X, with A the skew-symmetric half of G X^T, so that Y is orthogonal as X is.
+
+    Args:
+        matrix: X, orthogonal, `[size, size]`.
+        gradient: G, of the loss to X.
+        rate: a; less where A is so large that the step would no longer be one downhill, at 1 / |A|.
+        keep_mean: leave the vector of ones where X maps it to.
+    """
+    x, g = matrix.double(), gradient.double()
+    skew = (g @ x.T - x @ g.T) / 2
+    if keep_mean:
+        skew = skew - skew.mean(0, keepdim=True)
+        skew = skew - skew.mean(1, keepdim=True)
+    half = min(rate, 1 / (float(skew.norm()) + 1e-8)) / 2 * skew
+    one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(one + half, (one - half) @ x).to(matrix.dtype)
+
+
 def _largest(size: int) -> tuple[int, Tensor]:
     """The largest order of a Hadamard matrix that divides `size`, and the matrix."""
     orders = (order for order in range(size, 0, -1) if size % order == 0)

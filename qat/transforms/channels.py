@@ -5,7 +5,7 @@ gain. Everything is computed in float64 and rounded once.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ def written(module: Any) -> int | None:
 
 def input_weight(module: Any) -> nn.Parameter:
     """The Parameter that `module` multiplies its input by."""
-    return getattr(module, QuantExperts.names(module)[0]) if is_experts(module) else module.weight
+    return getattr(module, _name_of_input(module))
 
 
 def input_matrix(module: Any) -> Tensor:
@@ -100,33 +100,48 @@ def input_matrix(module: Any) -> Tensor:
     return QuantExperts.as_matrix(module, input_weight(module)) if is_experts(module) else module.weight
 
 
-@torch.no_grad()
-def change_inputs_(module: Any, change: Change) -> None:
-    """Put `change` of it in the place of the matrix `[rows, in]` that `module` multiplies its input by."""
-    if is_experts(module):
-        for matrix in QuantExperts.as_matrices(module, input_weight(module)):
-            matrix.copy_(change(matrix.double()))
-    else:
-        module.weight.copy_(change(module.weight.double()))
+def inputs_changed(module: Any, change: Change, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """What the Parameters of `module` would be, by name, with another matrix to multiply its input by.
 
-
-@torch.no_grad()
-def change_outputs_(module: Any, change: Change) -> None:
-    """Put `change` of it in the place of every matrix `[out, columns]` whose rows `module` returns, and of its bias.
-
-    Each expert has one of its own; that of an embedding is its table transposed.
+    Args:
+        change: takes the matrix, `[rows, in]` or one for each expert, `[experts, out, in]`.
+        dtype: to compute in.
     """
+    name, weight = _name_of_input(module), input_weight(module)
+    if not is_experts(module):
+        return {name: change(weight.to(dtype)).to(weight.dtype)}
+    changed = change(QuantExperts.as_matrices(module, weight).to(dtype)).to(weight.dtype)
+    return {name: QuantExperts.as_matrices(module, changed)}
+
+
+def outputs_changed(module: Any, change: Change, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The same with other matrices `[..., out, columns]` whose rows `module` returns, and with biases as one column.
+
+    Each expert has a matrix of its own; that of an embedding is its table transposed.
+    """
+    name = QuantExperts.names(module)[-1] if is_experts(module) else "weight"
+    bias_name = f"{name}_bias" if is_experts(module) else "bias"
+    weight, bias = getattr(module, name), getattr(module, bias_name, None)
     if is_experts(module):
-        name = QuantExperts.names(module)[-1]
-        matrices: Iterable[Tensor] = QuantExperts.as_matrices(module, getattr(module, name))
-        biases = getattr(module, f"{name}_bias", None)
+        changed = QuantExperts.as_matrices(module, change(QuantExperts.as_matrices(module, weight).to(dtype)))
     else:
-        matrices = [module.weight.T if is_embedding(module) else module.weight]
-        biases = None if getattr(module, "bias", None) is None else module.bias[None]
-    for matrix in matrices:
-        matrix.copy_(change(matrix.double()))
-    for bias in () if biases is None else biases:
-        bias.copy_(change(bias.double()[:, None])[:, 0])
+        changed = change(weight.T.to(dtype)).T if is_embedding(module) else change(weight.to(dtype))
+    found = {name: changed.to(weight.dtype)}
+    if bias is not None:
+        found[bias_name] = change(bias.to(dtype).unsqueeze(-1)).squeeze(-1).to(bias.dtype)
+    return found
+
+
+@torch.no_grad()
+def change_inputs_(module: nn.Module, change: Change) -> None:
+    """Make `inputs_changed` the Parameters of `module`, in place."""
+    _fill(module, inputs_changed(module, change))
+
+
+@torch.no_grad()
+def change_outputs_(module: nn.Module, change: Change) -> None:
+    """Make `outputs_changed` the Parameters of `module`, in place."""
+    _fill(module, outputs_changed(module, change))
 
 
 @torch.no_grad()
@@ -144,6 +159,15 @@ def reinitialize_(modules: Iterable[nn.Module]) -> None:
         for quantizer in (module.input_quantizer, module.output_quantizer):
             if isinstance(quantizer, Quantizer) and quantizer.rule is None:
                 quantizer.initialized = False
+
+
+def _name_of_input(module: nn.Module) -> str:
+    return QuantExperts.names(module)[0] if is_experts(module) else "weight"
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        module.get_parameter(name).copy_(tensor)
 
 
 def _is_router(module: Any) -> bool:

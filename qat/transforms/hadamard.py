@@ -11,6 +11,7 @@ from qat.errors import InputError, nearest
 from qat.nn import QuantLayer
 from qat.numerics.hadamard import mean_keeping, orthogonal, rotation
 from qat.transforms.channels import change_inputs_, change_outputs_, reinitialize_
+from qat.transforms.learned_rotation import learned_rotation
 from qat.transforms.neighbours import Fold, proves
 from qat.transforms.plain import full_precision
 from qat.transforms.probe import Change, Probe, block_probes, model_probe
@@ -20,7 +21,13 @@ _KINDS = {"hadamard": rotation, "orthogonal": orthogonal}
 
 
 def rotate(
-    model: nn.Module, batches: Iterable[Any] = (), kind: str = "hadamard", heads: bool = True, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    kind: str = "hadamard",
+    heads: bool = True,
+    seed: int = 0,
+    steps: int = 0,
+    rate: float = 1.5,
 ) -> nn.Module:
     """Rotate the residual stream, and the values within each head; the function stays as it is.
 
@@ -34,18 +41,21 @@ def rotate(
 
     Args:
         model: prepared, or in full precision.
-        batches: not looked at; transforms are called with them.
+        batches: mappings that hold labels, to learn from; looked at only for that.
         kind: `hadamard`, with random signs, or `orthogonal`, any rotation alike.
         heads: also rotate the values of each head, by a Hadamard matrix that all share (QuaRot, stage 1c), where the
             layer after attention can take it up.
         seed: of the random signs, or of the rotation.
+        steps: of learning the rotation of the stream on the loss of the quantized model, see `learned_rotation`
+            (SpinQuant, arXiv 2405.16406).
+        rate: the learning rate of the first step; it falls to none.
 
     Returns:
         `model`.
 
     Raises:
-        InputError: if there is no such kind, or the function of this model would change, as where norms stand between
-            branches and the stream (Gemma).
+        InputError: if there is no such kind, nothing to learn from, or the function of this model would change, as
+            where norms stand between branches and the stream (Gemma).
     """
     if kind not in _KINDS:
         raise InputError(f"There is no kind of rotation '{kind}'.{nearest(kind, _KINDS)}")
@@ -55,6 +65,8 @@ def rotate(
     rotate_stream_(model, stream, make(stream.size, generator))
     if heads:
         rotate_heads_(model, stream.folds, generator)
+    if steps:
+        rotate_stream_(model, stream, learned_rotation(model, stream, batches, steps, rate))
     return model
 
 
@@ -132,7 +144,7 @@ def rotate_heads_(model: nn.Module, folds: Iterable[Fold], generator: torch.Gene
 
 def _rotate_values(fold: Fold, matrix: Tensor) -> None:
     assert isinstance(fold.source, nn.Linear)
-    change_outputs_(fold.source, lambda m: _in_chunks(m.T, matrix, fold.columns).T)
+    change_outputs_(fold.source, lambda m: _in_chunks(m.mT, matrix, fold.columns).mT)
     for target in fold.targets.values():
         change_inputs_(target, lambda m: _in_chunks(m, matrix))
     reinitialize_([fold.source, *fold.targets.values()])

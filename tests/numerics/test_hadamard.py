@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qat.numerics.hadamard import hadamard, mean_keeping, orthogonal, rotation
+from qat.numerics.hadamard import cayley_step, hadamard, mean_keeping, orthogonal, rotation
 
 # Hidden and head sizes of models: Llama, Qwen, SmolLM, GPT-2, Phi.
 SIZES = (16, 64, 80, 96, 128, 576, 768, 896, 960, 1536, 2048, 2560)
@@ -54,3 +54,16 @@ def test_seeds_give_rotations_of_their_own():
     first, same, other = (rotation(64, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("keep_mean", [False, True])
+def test_cayley_steps_go_downhill_and_stay_orthogonal(keep_mean):
+    generator = torch.Generator().manual_seed(0)
+    target = mean_keeping(16, generator)
+    matrix = start = torch.eye(16, dtype=torch.float64)
+    for _ in range(200):
+        matrix = cayley_step(matrix, 2 * (matrix - target), 0.1, keep_mean)
+    assert is_orthogonal(matrix)
+    assert (matrix - target).norm() < 0.5 * (start - target).norm()
+    if keep_mean:
+        assert torch.allclose(matrix.sum(1), torch.ones(16, dtype=torch.float64))

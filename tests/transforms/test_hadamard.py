@@ -1,7 +1,7 @@
 """Rotated models: the same function, without outliers."""
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ import qat
 from qat.errors import InputError
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer
 from qat.transforms import Scheme, calibrate, gptq, neighbours, prepare, quant_layers, restructure, rotate, uncalibrated
+from qat.transforms.learned_rotation import learned_rotation
 from qat.transforms.plain import full_precision
+from qat.transforms.stream import find_stream
 from tests.conftest import tiny_llama
 from tests.models import LANGUAGE_MODELS, tiny_gemma, tiny_gpt2
 from tests.transforms.test_neighbours import MODELS
@@ -154,6 +156,62 @@ def takes(fresh, model):
     return torch.equal(logits(fresh, batches(1)), logits(model, batches(1)))
 
 
+QUANTIZED = {
+    "weights": Scheme(weight=partial(MinMaxQuantizer, bits=3)),
+    "static scales": Scheme(weight=partial(LSQQuantizer, bits=3), input=STATIC8),
+}
+
+
+def ascending():
+    """Texts that can be learned: tokens in their order."""
+    return [dict.fromkeys(("input_ids", "labels"), batch["input_ids"].sort(1).values) for batch in batches(4)]
+
+
+@cache
+def trained(name):
+    """A model that knows some of them, with large channels: a loss of quantization is there to be lowered."""
+    model = loud(LANGUAGE_MODELS[name]())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for batch in ascending() * 12:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+def loss(model):
+    with torch.no_grad():
+        return sum(float(model(**batch).loss) for batch in ascending())
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("scheme", QUANTIZED.values(), ids=QUANTIZED)
+def test_learning_lowers_the_loss_and_leaves_the_function(name, scheme):
+    model = prepare(copy.deepcopy(trained(name)), scheme)
+    with full_precision(model):
+        full = logits(model, batches(1))
+    fixed, learned = rotate(copy.deepcopy(model)), rotate(model, ascending(), steps=25)
+    with full_precision(model):
+        assert differs(model, batches(1), full) < 1e-3
+    losses = [loss(calibrate(rotated, ascending())) for rotated in (fixed, learned)]
+    assert losses[1] < losses[0]
+
+
+def test_learning_changes_no_weight_on_its_way():
+    model = rotate(prepare(loud(tiny_llama()), QUANTIZED["weights"]))
+    stream, before = find_stream(model), copy.deepcopy(model.state_dict())
+    matrix = learned_rotation(model, stream, ascending(), steps=2, rate=1.5)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(64, dtype=torch.float64), atol=1e-12)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_identity_is_kept_where_nothing_better_is_found():
+    model = rotate(prepare(loud(tiny_llama()), QUANTIZED["weights"]))
+    matrix = learned_rotation(model, find_stream(model), ascending(), steps=1, rate=1e-12)
+    assert torch.equal(matrix, torch.eye(64, dtype=torch.float64))
+
+
 def test_a_model_in_full_precision_rotates_too():
     model = exact(with_outliers(tiny_llama()))
     full = logits(model, batches(1))
@@ -199,6 +257,12 @@ def test_bad_input_is_named():
     model = prepare(tiny_gpt2(), Scheme(weight=INT4))
     with pytest.raises(InputError, match="hadamard"):
         rotate(model, kind="hadamad")
+    with pytest.raises(InputError, match="calibration_batches"):
+        rotate(model, [], steps=1)
+    with pytest.raises(InputError, match="labels"):
+        rotate(model, [{"input_ids": batches(1)[0]["input_ids"]}], steps=1)
+    with pytest.raises(InputError, match="steps=0"):
+        rotate(tiny_llama(), batches(1), steps=1)
     model.transformer.ln_f.weight.data[0] = 0
     model.transformer.ln_f.bias.data[0] = 1
     with pytest.raises(InputError, match="gain of zero"):
