@@ -47,7 +47,9 @@ def fake_quantized_linear(
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
-    return _FakeQuantizedLinear.apply(x, weight, bias, mask, granularity, (clip, dense_gradient), *grid)
+    return _FakeQuantizedLinear.apply(
+        x, weight, bias, mask, granularity, (clip and format.saturates, dense_gradient), *grid
+    )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -216,7 +216,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *params = ctx.saved_tensors
     need_x, _, *needs, _ = ctx.needs_input_grad
     own = grad.clone(memory_format=torch.contiguous_format)
-    dx, *others = gradients_(own, x, None, None, (need_x, *needs), *params, ctx.format)
+    clip = parse_format(ctx.format).saturates
+    dx, *others = gradients_(own, x, None, None, (need_x, *needs), *params, ctx.format, clip=clip)
     return dx, None, *others, None
 
 
@@ -240,14 +241,14 @@ def gradients_(
     x_hat: Tensor | None,
     needs: Sequence[bool],
     *grid: Any,
-    clip: bool = True,
+    clip: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to x, scale, zero point and codebook as autograd wants them: None where not needed.
 
     `grad`, the gradient of x_hat, is overwritten by the gradient of x; `x_hat`, if given, by the values of the codes.
-    Without `clip` the gradient of x is that of x_hat, also beyond the grid.
+    `clip`: whether x beyond the grid gets none, which is for formats that saturate.
     """
-    clips = clip and needs[0] and parse_format(grid[-1]).saturates
+    clips = clip and needs[0]
     if clips or x_hat is not None or any(needs[1:]):
         found = _fake_quantize_backward_(grad, x, codes, x_hat, [clips, *needs[1:]], *grid)
     else:

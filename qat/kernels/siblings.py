@@ -20,9 +20,10 @@ def once_for_siblings(x: Tensor, key: Hashable, compute: Callable[[], Tensor]) -
 
     The result lives as long as x does, or until another tensor comes. A compiler finds equal calls by itself.
     """
-    # Some optimizers change Parameters without a word to the version counter.
-    unsure = x.is_inference() or (x.is_leaf and x.requires_grad)
-    if unsure or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return compute()
+    # Some optimizers change Parameters without a word to the version counter, and inference tensors have none.
+    if x.is_inference() or (x.is_leaf and x.requires_grad):
         return compute()
     slot: tuple[Any, ...] | None = getattr(_latest, "slot", None)
     if slot is not None and slot[0]() is x and slot[1:3] == (x._version, key):
