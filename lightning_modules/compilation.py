@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
 
 _MORE_BACKENDS = ("aot_eager", "eager")  # they trace and compile nothing: to find out what does not trace
+# Inductor keeps in float32 what is rounded to bfloat16 and back: scales would train on another grid than the one that
+# ships.
+_OPTIONS: dict[str, dict[str, Any]] = {"inductor": {"emulate_precision_casts": True}}
 _ROOM = 8  # graphs of one block: training, evaluation, each with another batch size
 
 
@@ -45,7 +49,7 @@ class CompiledBlocks:
         config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True, options=_OPTIONS.get(backend))
 
     def undo(self) -> None:
         """Let the blocks run as they did before."""

@@ -175,10 +175,11 @@ def test_what_cannot_be_compiled_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_computes_the_same_but_for_rounding():
-    model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=TOKEN8)).train()
+    """Scales stay rounded to bfloat16: left in float32 they move a gradient by half of the largest."""
+    model = qat.prepare(tiny_llama(num_hidden_layers=1), qat.Scheme(weight=LSQ3)).train()
     ids = torch.randint(0, 96, (2, 16))
     expected = step_of(model, ids)
     with CompiledBlocks(model, "inductor").step():
         found = step_of(model, ids)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-2 * float(value.abs().max()))
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
