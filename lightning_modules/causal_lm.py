@@ -49,18 +49,18 @@ class CausalLMModule(pl.LightningModule):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.compile_backend = compile
-        self._compiled: CompiledBlocks | None = None
+        self.compiled: CompiledBlocks | None = None
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def on_fit_start(self) -> None:
         """Compile now and for this fit only: what comes before changes the model, and what ships is not compiled."""
         if self.compile_backend is not None:
-            self._compiled = CompiledBlocks(self.model, self.compile_backend)
+            self.compiled = CompiledBlocks(self.model, self.compile_backend)
 
     def on_fit_end(self) -> None:
-        if self._compiled is not None:
-            self._compiled.undo()
-            self._compiled = None
+        if self.compiled is not None:
+            self.compiled.undo()
+            self.compiled = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the masks of pruned weights in full precision, which a transform had put there."""
@@ -144,7 +144,7 @@ class CausalLMModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with nullcontext() if self._compiled is None else self._compiled.step():
+        with nullcontext() if self.compiled is None else self.compiled.step():
             output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()
