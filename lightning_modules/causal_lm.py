@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.compilation import CompiledBlocks
 from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError
 from qat.nn import QuantLayer
@@ -27,6 +29,7 @@ class CausalLMModule(pl.LightningModule):
         quantizer_lr: learning rate of everything that quantizers learn (scales, zero points, codebooks); their
             parameters never decay. None: that of the weights.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        compile: a backend of torch.compile, `inductor`, for the blocks of the model while it trains; None: none.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class CausalLMModule(pl.LightningModule):
         scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None,
         quantizer_lr: float | None = None,
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model.train()
@@ -44,7 +48,19 @@ class CausalLMModule(pl.LightningModule):
         self.quantizer_lr = quantizer_lr
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.compile_backend = compile
+        self.compiled: CompiledBlocks | None = None
         self._nll = torch.zeros(2, dtype=torch.float64)
+
+    def on_fit_start(self) -> None:
+        """Compile now and for this fit only: what comes before changes the model, and what ships is not compiled."""
+        if self.compile_backend is not None:
+            self.compiled = CompiledBlocks(self.model, self.compile_backend)
+
+    def on_fit_end(self) -> None:
+        if self.compiled is not None:
+            self.compiled.undo()
+            self.compiled = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the masks of pruned weights in full precision, which a transform had put there."""
@@ -128,7 +144,8 @@ class CausalLMModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        output = self.model(**batch, use_cache=False)
+        with nullcontext() if self.compiled is None else self.compiled.step():
+            output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()
         return torch.where(learned, output.loss, output.logits[..., :1, :1].float().sum() * 0)
@@ -162,6 +179,7 @@ def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> lis
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # graphs call no hooks
 def first_non_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
     """Name of the first submodule whose output holds a NaN or an infinity when `model` sees `batch`."""
     found: list[str] = []

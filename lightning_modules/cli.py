@@ -232,5 +232,6 @@ def quiet() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*Dynamo detected a call to a `functools.lru_cache`.*",
     ):
         warnings.filterwarnings("ignore", pattern)

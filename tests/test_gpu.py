@@ -1,5 +1,6 @@
 """The grid contract on a GPU: to kernel tolerance, and a whole run."""
 
+import json
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat
+from lightning_modules.compilation import CompiledBlocks
 from qat.export.parity import check_logits
 from qat.kernels.codebook_means import reference
 from qat.kernels.linear import fake_quantized_linear
@@ -53,6 +55,25 @@ def test_gradients_equal_those_of_the_definition():
 
 def test_a_whole_run_on_the_gpu(shell):  # noqa: F811
     shell.run("debug=fast", "trainer.accelerator=gpu", "trainer.precision=bf16-mixed")
+
+
+def test_a_step_is_profiled_on_the_gpu(shell):  # noqa: F811
+    shell.run("trainer.max_steps=6", "trainer.accelerator=gpu", "callbacks.profile.steps=2", "hydra.run.dir=run")
+    found = json.loads((shell.folder / "run" / "profile.json").read_text())
+    milliseconds = {row["what"]: row["ms"] for row in found["time"]}
+    assert found["device"] == "cuda"
+    assert sum(milliseconds.values()) == pytest.approx(found["ms_a_step"])
+    assert all(spent > 0 for spent in milliseconds.values())
+
+
+@pytest.mark.parametrize("compile", ["aot_eager", "inductor"])
+def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
+    model = qat.prepare(tiny_llama().cuda(), SCHEMES["w4a8"]).train()
+    ids = tokens().cuda()
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with CompiledBlocks(model, compile).step():
+        found = model(input_ids=ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("path", list(quantizers()))

@@ -46,6 +46,7 @@ class TableQuantizer(Quantizer):
     """
 
     codebook: Tensor
+    scale_codebook: Tensor | None  # for double quantization
     codebook_dtype = torch.float32  # one for the whole tensor, exactly as published
 
     def __init__(
@@ -66,9 +67,9 @@ class TableQuantizer(Quantizer):
         if rule in RULES_OF_MEANS:
             refuse_padding(self.granularity, self.shape)
         self.rule = rule
-        self.double_quant = double_quant
         self.stochastic = is_stochastic(rounding)
         self.register_buffer("codebook", values.view(*(1,) * len(self.param_shape), len(values)), persistent=False)
+        self.register_buffer("scale_codebook", table(dynamic_map())[None] if double_quant else None, persistent=False)
 
     @property
     def holds_zero(self) -> bool:
@@ -82,15 +83,16 @@ class TableQuantizer(Quantizer):
         assert self.rule is not None
         (scale, *_) = ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
         assert isinstance(scale, Tensor)
-        return QParams(quantize_scales(scale) if self.double_quant else scale, codebook=self.codebook)
+        if self.scale_codebook is not None:
+            return QParams(quantize_scales(scale, self.scale_codebook), codebook=self.codebook)
+        return QParams(scale, codebook=self.codebook)
 
 
 @torch.no_grad()
-def quantize_scales(scale: Tensor) -> QuantizedTensor:
-    """Double quantization of QLoRA: scales minus their mean as 8-bit dynamic codes, in flat blocks of 256."""
+def quantize_scales(scale: Tensor, codebook: Tensor) -> QuantizedTensor:
+    """Double quantization of QLoRA: scales minus their mean as 8-bit codes of `codebook` `[1, 256]`, in flat blocks."""
     granularity = PerFlatGroup(_DOUBLE_GROUP)
     offset = scale.mean()
     centred = granularity.view(scale - offset)
-    values = table(dynamic_map()).to(scale.device)[None]
     absmax = centred.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
-    return quantize(scale, QParams(absmax, codebook=values, offset=offset[None]), CodebookFormat(256), granularity)
+    return quantize(scale, QParams(absmax, codebook=codebook, offset=offset[None]), CodebookFormat(256), granularity)

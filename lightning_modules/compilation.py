@@ -1,0 +1,78 @@
+"""The blocks of a model, compiled while it trains: one graph for all blocks that are alike."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from qat.errors import InputError, nearest
+from qat.quantizers import Quantizer
+from qat.transforms.blocks import block_list
+from qat.transforms.layers import plain_layers, quant_layers
+
+_MORE_BACKENDS = ("aot_eager", "eager")  # they trace and compile nothing: to find out what does not trace
+# Inductor keeps in float32 what is rounded to bfloat16 and back: scales would train on another grid than the one that
+# ships.
+_OPTIONS: dict[str, dict[str, Any]] = {"inductor": {"emulate_precision_casts": True}}
+_ROOM = 8  # graphs of one block: training, evaluation, each with another batch size
+
+
+class CompiledBlocks:
+    """Compiles every block of `model` in place, each as one graph without breaks.
+
+    Blocks are compiled and not the whole model, because blocks that are alike share their graph: 30 of them take the
+    compile time of one. State dicts keep their names. A step in which somebody looks at a module of a block by a hook,
+    or an activation is quantized in part, runs without the graphs, which know of neither.
+
+    Args:
+        model: has a list of blocks; prepared already.
+        backend: of torch.compile, `inductor` or another that is installed.
+
+    Raises:
+        InputError: if there is no such backend, or the model has no blocks.
+    """
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
+        if backend not in known:
+            raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
+        layers = [*plain_layers(model), *(name for name, _ in quant_layers(model))]
+        _, self.blocks = block_list(model, layers)
+        self.backend, self._model = backend, type(model).__name__
+        self._modules = [module for block in self.blocks for module in block.modules()]
+        self._quantizers = [module for module in self._modules if isinstance(module, Quantizer)]
+        # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+        for block in self.blocks:
+            block.compile(backend=backend, fullgraph=True, options=_OPTIONS.get(backend))
+
+    def undo(self) -> None:
+        """Let the blocks run as they did before."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A forward pass of the model.
+
+        Raises:
+            InputError: if a block cannot be one graph, or the backend fails.
+        """
+        try:
+            with torch.compiler.set_stance("force_eager") if self._is_watched() else nullcontext():
+                yield
+        except TorchDynamoException as error:
+            raise InputError(
+                f"module.compile={self.backend} cannot compile the blocks of {self._model}: "
+                f"{str(error).strip().splitlines()[0]} Leave it out; QAT_TRACEBACK=1 shows where."
+            ) from error
+
+    def _is_watched(self) -> bool:
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules) or any(
+            0 < quantizer.strength < 1 for quantizer in self._quantizers
+        )
