@@ -61,9 +61,10 @@ def compare_codes_and_values(device):
     from qat.kernels.fake_quantize import triton
 
     torch.manual_seed(0)
-    # Triton's interpreter does not round to bfloat16.
-    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
-    for name, size, dtype in product(FORMATS, SIZES, dtypes):
+    cases = list(product(FORMATS, SIZES, [torch.float32]))
+    if device != "cpu":  # Triton's interpreter does not round to bfloat16
+        cases += product(FORMATS, SIZES[:1], [torch.bfloat16])
+    for name, size, dtype in cases:
         for format, params in grids(name, size[0]):
             x, what = values(*size, params, dtype), (name, size, dtype)
             codes, x_hat = reference.quantize(x, params, format), torch.empty(size, dtype=dtype)
