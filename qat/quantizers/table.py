@@ -77,7 +77,7 @@ class TableQuantizer(Quantizer):
 
     @property
     def follows_rule(self) -> bool:
-        return not self.double_quant
+        return self.scale_codebook is None
 
     def qparams(self, x: Tensor) -> QParams:
         assert self.rule is not None
