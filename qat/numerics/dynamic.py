@@ -36,7 +36,7 @@ def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     low, high = format.range()
     smallest, largest = _extremes(view)
     smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
-    scale = round_up_to_storage((largest - smallest) / (high - low), scale_dtype)
+    scale = round_up_to_storage(divided(largest - smallest, high - low), scale_dtype)
     return ViewParams(scale, (low - smallest / scale).round().clamp_(low, high))
 
 
@@ -116,9 +116,14 @@ def _covering_scale(extreme: Tensor, steps: float, dtype: torch.dtype) -> Tensor
     There extreme / (extreme / steps) may be a little more than `steps`, and so lie beyond the grid, where stochastic
     rounding is biased.
     """
-    scale = extreme / steps
+    scale = divided(extreme, steps)
     scale = torch.where(extreme / scale > steps, scale * (1 + torch.finfo(torch.float32).eps), scale)
     return round_up_to_storage(scale, dtype)
+
+
+def divided(value: Tensor, divisor: float) -> Tensor:
+    """Rounded to nearest everywhere: by a number, GPUs multiply by its reciprocal, and would find another scale."""
+    return value / torch.full_like(value, divisor)
 
 
 def _mean(view: Tensor) -> Tensor:
