@@ -16,8 +16,9 @@ from torch import Tensor
 from qat.kernels.fake_quantize import reference
 from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants
 from qat.kernels.fake_quantize.reference import Gradients
-from qat.kernels.fake_quantize.tiles import table_of, tile_at, tiling
-from qat.kernels.fake_quantize.triton import arguments, per_table
+from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
+from qat.kernels.fake_quantize.triton import fields, per_table
+from qat.kernels.launch import launch
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams
 
@@ -167,33 +168,27 @@ def _pass(
         x.new_empty((cut.pieces, rows, param.shape[1]) if need and param is not None else 0, dtype=torch.float32)
         for param, need in zip(params[:3], needs[1:], strict=True)
     ]
-    low, high = format.range()
-    with torch.cuda.device_of(x):
-        _kernel[(cut.blocks * cut.pieces,)](
-            grad,
-            x.contiguous(),
-            x if x_hat is None else x_hat,
-            *arguments(params, x),
-            *sums,
-            rows,
-            columns,
-            cut.pieces,
-            per_table(params, groups) // sharing,
-            low,
-            high,
-            GRID=grid_constants(format),
-            GROUP=elements if sharing > 1 else 0,
-            HAS_ZERO_POINT=params.zero_point is not None,
-            CLIPS=format.saturates,
-            NEED_X=needs[0],
-            NEED_SCALE=needs[1],
-            NEED_ZERO_POINT=needs[2],
-            NEED_CODEBOOK=needs[3],
-            NEED_VALUES=x_hat is not None,
-            ROWS=cut.rows,
-            WIDTH=cut.width,
-            STEPS=cut.steps,
-            TABLE=triton.next_power_of_2(params.codebook.shape[1]) if needs[3] and params.codebook is not None else 1,
-            enable_fp_fusion=False,
-        )
+    constants = {
+        "GRID": grid_constants(format),
+        "GROUP": elements if sharing > 1 else 0,
+        "HAS_ZERO_POINT": params.zero_point is not None,
+        "CLIPS": format.saturates,
+        "NEED_X": needs[0],
+        "NEED_SCALE": needs[1],
+        "NEED_ZERO_POINT": needs[2],
+        "NEED_CODEBOOK": needs[3],
+        "NEED_VALUES": x_hat is not None,
+        "ROWS": cut.rows,
+        "WIDTH": cut.width,
+        "STEPS": cut.steps,
+        "TABLE": power_of_two(_entries(params)) if needs[3] else 1,
+    }
+    tensors = grad, x.contiguous(), x if x_hat is None else x_hat, *fields(params, x), *sums
+    sizes = rows, columns, cut.pieces, per_table(params, groups) // sharing
+    launch(_kernel, cut.blocks * cut.pieces, (*tensors, *sizes, *format.range()), constants)
     return Gradients(*(total.sum(0) if total.numel() else total for total in sums))
+
+
+def _entries(params: ViewParams) -> int:
+    assert params.codebook is not None  # its gradient is wanted
+    return params.codebook.shape[1]

@@ -6,6 +6,7 @@ A group is read once where it fits a tile, otherwise twice, the second time most
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, whole
-from qat.kernels.fake_quantize.tiles import table_of, tile_at, tiling
+from qat.kernels.fake_quantize.grid import ENTRIES, KIND, grid_constants, nearest, whole
+from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
+from qat.kernels.launch import launch
 from qat.numerics.formats import FloatFormat, Format
 from qat.numerics.ste import smallest_scale
 
@@ -114,7 +116,7 @@ def _on_grid(x, s, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
     v = tl.div_rn(x, tl.broadcast_to(s, x.shape))
     if RULE == "minmax":
         v += z
-    value = decode(encode(v, table, GRID), table, GRID)
+    value = nearest(v, table, GRID)
     if RULE == "minmax":
         value -= z
     return value * s
@@ -208,33 +210,23 @@ def _launch(
     values: bool,
 ) -> None:
     groups, elements = x.shape
-    low, high = format.range()
-    tile = TILE if elements > _MOST else max(TILE, triton.next_power_of_2(elements))
+    tile = TILE if elements > _MOST else max(TILE, power_of_two(elements))
     cut = tiling(groups, elements, tile, programs=1)
-    with torch.cuda.device_of(x):
-        _kernel[(cut.blocks,)](
-            x.contiguous(),
-            out,
-            scale,
-            zero_point,
-            x if codebook is None else codebook.contiguous(),
-            groups,
-            elements,
-            1 if codebook is None else groups // len(codebook),
-            low,
-            high,
-            GRID=grid_constants(format),
-            RULE=rule,
-            VALUES=values,
-            ROWS=cut.rows,
-            WIDTH=cut.width,
-            STEPS=cut.steps,
-            num_warps=min(16, max(4, cut.width // 1024)),
-            enable_fp_fusion=False,
-            **_storage(scale_dtype, format),
-        )
+    constants = {
+        "GRID": grid_constants(format),
+        "RULE": rule,
+        **_storage(scale_dtype, format),
+        "VALUES": values,
+        "ROWS": cut.rows,
+        "WIDTH": cut.width,
+        "STEPS": cut.steps,
+    }
+    tensors = x.contiguous(), out, scale, zero_point, x if codebook is None else codebook.contiguous()
+    sizes = groups, elements, 1 if codebook is None else groups // len(codebook)
+    launch(_kernel, cut.blocks, (*tensors, *sizes, *format.range()), constants, max(4, min(16, cut.width // 1024)))
 
 
+@lru_cache
 def _storage(dtype: torch.dtype, format: Format) -> dict[str, Any]:
     """What rounding a scale up to `dtype` needs to know."""
     exponent = format.largest_exponent if isinstance(format, FloatFormat) else 0

@@ -13,6 +13,8 @@ in Triton's interpreter too.
 # ruff: noqa: N803, N806
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -37,6 +39,7 @@ _COUNTED: tl.constexpr = tl.constexpr(16)
 Constants = tuple[str | int | float, ...]
 
 
+@lru_cache
 def grid_constants(format: Format) -> Constants | None:
     """The tuple GRID of `format`; None where these kernels have none: vector codebooks."""
     low, high = format.code_range
@@ -65,6 +68,22 @@ def encode(v, table, GRID: tl.constexpr):
     else:
         code = _cell(v, GRID)
     return code
+
+
+@triton.jit
+def nearest(v, table, GRID: tl.constexpr):
+    """Values of the grid nearest to `v`: what `decode` makes of its codes, with less work where tables are small."""
+    COUNT: tl.constexpr = GRID[ENTRIES]
+    if (GRID[KIND] == "codebook") and (COUNT <= _COUNTED):
+        below = tl.load(table)
+        value = tl.broadcast_to(below, v.shape)
+        for k in tl.static_range(1, COUNT):
+            above = tl.load(table + k)
+            value = tl.where(v > (below + above) / 2, above, value)
+            below = above
+    else:
+        value = decode(encode(v, table, GRID), table, GRID)
+    return value
 
 
 @triton.jit
@@ -133,7 +152,7 @@ def _entry(v, table, GRID: tl.constexpr):
         below = tl.load(table)
         for k in tl.static_range(1, COUNT):
             above = tl.load(table + k)
-            code += (v > (below + above) / 2).to(tl.int32)
+            code = tl.where(v > (below + above) / 2, k, code)
             below = above
     else:
         for power in tl.static_range(7, -1, -1):

@@ -6,6 +6,7 @@ A program works on tiles of ROWS groups by WIDTH elements: many short groups at 
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -28,14 +29,25 @@ class Tiling(NamedTuple):
     steps: int
 
 
+@lru_cache(maxsize=4096)
 def tiling(groups: int, elements: int, tile: int, programs: int | None = None) -> Tiling:
     """Tiles of about `tile` elements; a program has one, or as many as leave at least `programs` of them."""
-    width = min(triton.next_power_of_2(elements), tile)
-    rows = max(1, min(tile // width, triton.next_power_of_2(groups)))
-    blocks, across = triton.cdiv(groups, rows), triton.cdiv(elements, width)
-    pieces = across if programs is None else max(1, min(across, triton.cdiv(programs, blocks)))
-    steps = triton.next_power_of_2(triton.cdiv(across, pieces))
-    return Tiling(rows, width, blocks, triton.cdiv(across, steps), steps)
+    width = min(power_of_two(elements), tile)
+    rows = max(1, min(tile // width, power_of_two(groups)))
+    blocks, across = ceil_div(groups, rows), ceil_div(elements, width)
+    pieces = across if programs is None else max(1, min(across, ceil_div(programs, blocks)))
+    steps = power_of_two(ceil_div(across, pieces))
+    return Tiling(rows, width, blocks, ceil_div(across, steps), steps)
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """Quotient, rounded up."""
+    return -(-value // divisor)
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not less than `value`."""
+    return 1 << (value - 1).bit_length()
 
 
 @triton.jit

@@ -6,15 +6,14 @@ The arithmetic is that of `qat.numerics.qtensor`, in float32 with divisions roun
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, read
+from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, nearest, read
 from qat.kernels.fake_quantize.tiles import of_rows, own_rows, table_of, tile_at, tiling
+from qat.kernels.launch import launch
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams
 
@@ -52,11 +51,11 @@ def _kernel(
         v = tl.div_rn(found.to(tl.float32), tl.broadcast_to(s, found.shape))
         if HAS_ZERO_POINT:
             v += z
-        found = encode(v, table, GRID)
+        found = nearest(v, table, GRID) if DECODE else encode(v, table, GRID)
     else:
-        found = read(found, GRID)
+        found = decode(read(found, GRID), table, GRID)
     if DECODE:
-        value = decode(found, table, GRID)
+        value = found
         if HAS_ZERO_POINT:
             value -= z
         found = value * s
@@ -66,45 +65,40 @@ def _kernel(
 def quantize(x: Tensor, params: ViewParams, format: Format) -> Tensor:
     """As `reference.quantize`."""
     codes = torch.empty(x.shape, dtype=format.code_dtype, device=x.device)
-    return _launch(x, codes, params, format, ENCODE=True, DECODE=False)
+    return _launch(x, codes, params, format, encodes=True, decodes=False)
 
 
 def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
     """As `reference.dequantize`."""
-    _launch(codes, out, params, format, ENCODE=False, DECODE=True)
+    _launch(codes, out, params, format, encodes=False, decodes=True)
 
 
 def fake_quantize(x: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
     """As `reference.fake_quantize`, without codes on the way."""
-    _launch(x, out, params, format, ENCODE=True, DECODE=True)
+    _launch(x, out, params, format, encodes=True, decodes=True)
 
 
-def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, **does: bool) -> Tensor:
+def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, encodes: bool, decodes: bool) -> Tensor:
     groups, elements = source.shape
     if source.numel() == 0:
         return out
     cut = tiling(groups, elements, TILE)
     memory = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(source):
-        _kernel[(cut.blocks * cut.pieces,)](
-            source.contiguous(),
-            memory,
-            *arguments(params, source),
-            groups,
-            elements,
-            cut.pieces,
-            per_table(params, groups),
-            GRID=grid_constants(format),
-            HAS_ZERO_POINT=params.zero_point is not None,
-            ROWS=cut.rows,
-            WIDTH=cut.width,
-            enable_fp_fusion=False,
-            **does,
-        )
+    constants = {
+        "GRID": grid_constants(format),
+        "ENCODE": encodes,
+        "DECODE": decodes,
+        "HAS_ZERO_POINT": params.zero_point is not None,
+        "ROWS": cut.rows,
+        "WIDTH": cut.width,
+    }
+    sizes = groups, elements, cut.pieces, per_table(params, groups)
+    arguments = source.contiguous(), memory, *fields(params, source), *sizes
+    launch(_kernel, cut.blocks * cut.pieces, arguments, constants)
     return out if memory is out else out.copy_(memory)
 
 
-def arguments(params: ViewParams, absent: Tensor) -> list[Any]:
+def fields(params: ViewParams, absent: Tensor) -> list[Tensor]:
     """Scale, zero point and codebook as kernels take them; `absent` stands for what is not there and not read."""
     return [absent if param is None else param.contiguous() for param in params[:3]]
 

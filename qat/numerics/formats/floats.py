@@ -64,8 +64,7 @@ class FloatFormat(Format):
         return (self.highest >> self.mantissa_bits) - 1 + self.least_exponent
 
     def range(self) -> tuple[float, float]:
-        largest = float(_values(self)[self.highest])
-        return -largest, largest
+        return _range(self)
 
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         native = _NATIVE.get((self.exponent_bits, self.mantissa_bits))
@@ -84,6 +83,12 @@ class FloatFormat(Format):
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         values = _values_on(self, codes.device)
         return values[codes.long()] if out is None else torch.take(values, as_index(codes), out=out)
+
+
+@lru_cache
+def _range(format: FloatFormat) -> tuple[float, float]:
+    largest = float(_values(format)[format.highest])
+    return -largest, largest
 
 
 @lru_cache
