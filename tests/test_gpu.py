@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import qat
 from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.loss import HeadLoss
 from qat.export.parity import check_logits
 from qat.kernels.codebook_means import reference
 from qat.kernels.linear import fake_quantized_linear
@@ -74,6 +75,18 @@ def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
     with CompiledBlocks(model, compile).step():
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["chunked", "liger", "cce"])
+def test_losses_at_the_head_equal_the_models_on_the_gpu(kind):
+    pytest.importorskip({"liger": "liger_kernel", "cce": "cut_cross_entropy"}.get(kind, "torch"))
+    model = qat.prepare(tiny_llama(hidden_size=128, head_dim=32).cuda().bfloat16(), SCHEMES["head_too"]).train()
+    data = {"input_ids": (ids := torch.randint(0, 96, (8, 64), device="cuda")), "labels": ids}
+    expected, found = model(**data, use_cache=False).loss, HeadLoss(model, kind)(data)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=0)
+    leaf = model.lm_head.weight
+    ours, theirs = (torch.autograd.grad(loss, leaf)[0].float() for loss in (found, expected))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 @pytest.mark.parametrize("path", list(quantizers()))
