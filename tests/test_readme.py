@@ -11,7 +11,10 @@ from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("schemes", "quantizers", "pruning"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{page}.md" for page in ("schemes", "quantizers", "pruning", "training")),
+]
 
 
 def commands():

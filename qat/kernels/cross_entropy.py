@@ -23,10 +23,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """sum_i -log softmax(z_i)[target_i] with z = scale * (x W^T + b), or softcap * tanh(z / softcap).
 
-    Of `chunk` rows at a time the logits become, in place, the softmax minus one at the target, which is the gradient of
-    the logits; the products with it give the gradients of x and W at once. So nothing of the size of all logits
-    exists, nothing is computed twice, and as many products are made as by a linear layer and its loss. Softmax and
-    sums are in float32.
+    Of `chunk` rows at a time the logits become the softmax, minus one at the target, which is their gradient; the
+    products with it give the gradients of x and W at once. So nothing of the size of all logits exists, nothing is
+    computed twice, and as many products are made as by a linear layer and its loss. Softmax and sums are in float32.
 
     Args:
         x: `[tokens, in]`.
@@ -71,13 +70,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for rows in _chunks(len(x), chunk):
             own, counts = x[rows], targets[rows] != ignored
-            z, slope = _shaped(F.linear(own, weight, bias).float(), scale, softcap)
+            z, slope = _shaped(F.linear(own, weight, bias), scale, softcap)
             target = torch.where(counts, targets[rows], 0)[:, None]
-            normaliser = z.logsumexp(1, keepdim=True)
-            loss += torch.where(counts[:, None], normaliser - z.gather(1, target), 0).sum()
+            log_p = F.log_softmax(z, 1, dtype=torch.float32)
+            del z
+            loss -= torch.where(counts[:, None], log_p.gather(1, target), 0).sum()
             if dx is None and dweight is None and dbias is None:
                 continue
-            dz = z.sub_(normaliser).exp_().scatter_add_(1, target, -torch.ones_like(normaliser))
+            dz = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
             dz = dz if slope is None else dz.mul_(slope)
             if dbias is not None:
                 dbias += counts.float() @ dz
@@ -110,10 +110,10 @@ def _chunks(rows: int, chunk: int) -> Iterator[slice]:
 
 
 def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The logits that z becomes, in its place, and their derivative; None is 1."""
+    """The logits that z becomes and their derivative; None is 1."""
     if softcap is None:
-        return (z, None) if scale == 1 else (z.mul_(scale), torch.full((), scale, device=z.device))
-    bounded = z.mul_(scale / softcap).tanh_()
+        return (z, None) if scale == 1 else (z.float() * scale, torch.full((), scale, device=z.device))
+    bounded = z.float().mul_(scale / softcap).tanh_()
     slope = (1 - bounded.square()).mul_(scale)
     return bounded.mul_(softcap), slope
 
