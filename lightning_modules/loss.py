@@ -91,13 +91,12 @@ class HeadLoss:
             expected = self._model(input_ids=ids, labels=ids, use_cache=False)
             x, weight = self._inputs({"input_ids": ids})
             z = F.linear(x, weight, self._head.bias)
+        shape = min(_shapes(self._model.config), key=lambda shape: float((shape(z) - expected.logits).abs().max()))
+        loss = F.cross_entropy(shape(z)[0, :-1], ids[0, 1:])
         tolerance = 1e-4 if z.dtype == torch.float32 else 2e-2
-        for shape in _shapes(self._model.config):
-            logits = shape(z)
-            if torch.allclose(logits, expected.logits.float(), tolerance, tolerance):
-                loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
-                if torch.allclose(loss, expected.loss.float(), tolerance, tolerance):
-                    return shape
+        pairs = ((shape(z), expected.logits), (loss, expected.loss))
+        if all(torch.allclose(own, models.float(), tolerance, tolerance) for own, models in pairs):
+            return shape
         raise InputError(
             f"module.loss={self.kind} does not compute the loss of {type(self._model).__name__}, which changes its "
             f"logits or adds to its loss. {_MEND}"
@@ -181,11 +180,12 @@ def _scaled(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tup
 
 
 def _shapes(config: Any) -> Iterator[Shape]:
-    """What logits may become, the plain one first."""
+    """What logits may become, by the words of the config."""
     softcap = getattr(config, "final_logit_softcapping", None)
     factors = [float(value) for name in _FACTORS if (value := getattr(config, name, None))]
-    for scale in (1.0, *factors, *(1 / factor for factor in factors)):
-        yield Shape(scale, softcap)
+    for cap in dict.fromkeys((None, softcap)):
+        for scale in (1.0, *factors, *(1 / factor for factor in factors)):
+            yield Shape(scale, cap)
 
 
 def _are_none(*quantizers: nn.Module) -> bool:

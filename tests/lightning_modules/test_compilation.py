@@ -137,6 +137,7 @@ def test_checkpoints_know_nothing_of_it(tmp_path):
     assert not any("_orig_mod" in name for name in compiled)
 
 
+@pytest.mark.slow
 def test_blocks_with_other_bits_get_other_graphs():
     """More of them than the graphs that torch keeps of one function by itself."""
     grids = [(bits, granularity) for granularity in ("per_channel", "per_group_32") for bits in range(2, 7)]
