@@ -9,9 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qat.kernels import ops
-from qat.numerics.formats import Format, parse_format
+from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, elements_shape
+from qat.numerics.qtensor import QParams
 from qat.scratch import scratch
 
 
@@ -28,8 +28,9 @@ def fake_quantized_linear(
 ) -> Tensor:
     """y = x @ fake_quantize(weight * mask)^T + bias.
 
-    The same bits as `F.linear(x, fake_quantize(weight), bias)`, but autograd holds one byte a weight instead of a
-    whole fake-quantized weight, and finds the codes once for both passes.
+    The same bits as `F.linear(x, fake_quantize(weight), bias)`, but autograd holds no fake-quantized weight: on a CPU
+    one byte a weight, the codes, found once for both passes; on a GPU nothing, because there they are found faster
+    than read.
 
     Args:
         x: `[..., in]`.
@@ -46,7 +47,9 @@ def fake_quantized_linear(
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
-    return _FakeQuantizedLinear.apply(x, weight, bias, mask, granularity, (clip, dense_gradient), *grid)
+    return _FakeQuantizedLinear.apply(
+        x, weight, bias, mask, granularity, (clip and format.saturates, dense_gradient), *grid
+    )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -69,12 +72,10 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         options: tuple[bool, bool],
         *grid: Any,
     ) -> Tensor:
-        codes = ops.quantize_view(granularity.view(_masked(weight, mask)), *grid)
+        w_hat, codes = ops.fake_quantize_to_keep(granularity.view(_masked(weight, mask)), x.dtype, *grid)
         *params, ctx.format = grid
         ctx.granularity, (ctx.clip, ctx.dense_gradient) = granularity, options
         ctx.save_for_backward(x, weight, mask, codes, *params)
-        w_hat = _room_for(codes, x.dtype, ctx.format)
-        ops.dequantize_view_(codes, w_hat, *grid)
         return F.linear(x, granularity.unview(w_hat, weight.shape), bias)
 
     @staticmethod
@@ -84,17 +85,16 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, _, _, _, *need_params, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
-        w_hat = _room_for(codes, dy.dtype, ctx.format) if need_x else None
+        view, grid = ctx.granularity.view, (*params, ctx.format)
+        own = view(_masked(weight, mask))
+        w_hat = scratch("weight", own.shape, dy.dtype, own.device) if need_x else None
         found: tuple[Tensor | None, ...] = (None,) * 4
         if need_weight or any(need_params):
-            view = ctx.granularity.view
             dw_hat = rows.T @ x.reshape(-1, x.shape[-1])
             needs = (need_weight, *need_params)
-            grid = (*params, ctx.format)
-            own = view(_masked(weight, mask))
             found = ops.gradients_(view(dw_hat), own, codes, w_hat, needs, *grid, clip=ctx.clip)
         elif w_hat is not None:
-            ops.dequantize_view_(codes, w_hat, *params, ctx.format)
+            ops.restore_view_(own, codes, w_hat, *grid)
         dx = None if w_hat is None else dy @ ctx.granularity.unview(w_hat, weight.shape)
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
         if dweight is not None and not ctx.dense_gradient:
@@ -107,8 +107,3 @@ def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return weight
     return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-
-
-def _room_for(codes: Tensor, dtype: torch.dtype, format: str) -> Tensor:
-    """Memory for W_hat, good until the next call: all layers share it."""
-    return scratch("weight", elements_shape(codes.shape, parse_format(format)), dtype, codes.device)

@@ -4,7 +4,9 @@ This file is the only place that decides what runs where. Operators take the vie
 tensors, because `torch.library` knows neither formats nor granularities; the functions below them take ours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,12 +15,33 @@ from torch import Tensor
 from qat.errors import InputError
 from qat.kernels.codebook_means import reference as codebook_means
 from qat.kernels.fake_quantize import reference
-from qat.numerics.formats import Format, parse_format
+from qat.kernels.siblings import once_for_siblings
+from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
+from qat.numerics.formats import Format, VectorFormat, parse_format
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
+from qat.scratch import scratch
 
-# Every operator ends with the same arguments: the grid.
+# Every operator ends with the same arguments: the grid, or what it follows from.
 _GRID = "Tensor scale, Tensor? zero_point, Tensor? codebook, str format"
+_RULE = "str rule, ScalarType scale_dtype"
+_HAS_TRITON = find_spec("triton") is not None
+_references_only = False
+
+
+@contextmanager
+def reference_kernels() -> Iterator[None]:
+    """Compute with the PyTorch references, also where there are faster kernels: to test, to measure, to bisect."""
+    global _references_only
+    before, _references_only = _references_only, True
+    try:
+        yield
+    finally:
+        _references_only = before
+
+
+def _in_triton(x: Tensor, format: Format) -> bool:
+    return x.is_cuda and _HAS_TRITON and not _references_only and not isinstance(format, VectorFormat)
 
 
 def _operator(
@@ -41,11 +64,22 @@ def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
     return ViewParams(*params), parse_format(format)
 
 
-def _quantize_reference(x: Tensor, *grid: Any) -> Tensor:
-    return reference.quantize(x, *_grid(grid))
+def _kernels(x: Tensor, format: Format) -> Any:
+    """The module that computes on `x`. Triton is imported at its first use: `import qat` stays light."""
+    if not _in_triton(x, format):
+        return reference
+    from qat.kernels.fake_quantize import triton
+
+    return triton
 
 
-def _quantize_stochastic_reference(x: Tensor, *grid: Any) -> Tensor:
+def _quantize(x: Tensor, *grid: Any) -> Tensor:
+    params, format = _grid(grid)
+    codes: Tensor = _kernels(x, format).quantize(x, params, format)
+    return codes
+
+
+def _quantize_stochastic(x: Tensor, *grid: Any) -> Tensor:
     return reference.quantize(x, *_grid(grid), stochastic=True)
 
 
@@ -54,24 +88,39 @@ def _codes_fake(x: Tensor, *grid: Any) -> Tensor:
     return x.new_empty(codes_shape(x.shape, format), dtype=format.code_dtype)
 
 
-def _dequantize_reference(codes: Tensor, out: Tensor, *grid: Any) -> None:
-    reference.dequantize(codes, out, *_grid(grid))
+def _dequantize(codes: Tensor, out: Tensor, *grid: Any) -> None:
+    params, format = _grid(grid)
+    _kernels(codes, format).dequantize(codes, out, params, format)
 
 
-def _fake_quantize_reference(x: Tensor, *grid: Any) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    reference.dequantize(reference.quantize(x, *_grid(grid)), out, *_grid(grid))
+def _fake_quantize(x: Tensor, dtype: torch.dtype, *grid: Any) -> Tensor:
+    params, format = _grid(grid)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _kernels(x, format).fake_quantize(x, out, params, format)
     return out
 
 
-def _backward_reference(
-    grad: Tensor, x: Tensor, codes: Tensor, x_hat: Tensor | None, needs: list[bool], *grid: Any
+def _restore(x: Tensor, codes: Tensor | None, out: Tensor, *grid: Any) -> None:
+    params, format = _grid(grid)
+    if codes is None:
+        _kernels(x, format).fake_quantize(x, out, params, format)
+    else:
+        _kernels(x, format).dequantize(codes, out, params, format)
+
+
+def _backward_of_view(
+    grad: Tensor, x: Tensor, codes: Tensor | None, x_hat: Tensor | None, needs: list[bool], *grid: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.fake_quantize_backward(grad, x, codes, x_hat, needs, *_grid(grid))
+    params, format = _grid(grid)
+    if not _in_triton(x, format):
+        return reference.fake_quantize_backward(grad, x, codes, x_hat, needs, params, format)
+    from qat.kernels.fake_quantize import backward
+
+    return backward.fake_quantize_backward(grad, x, codes, x_hat, needs, params, format)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, codes: Tensor, x_hat: Tensor | None, needs: list[bool], *grid: Any
+    grad: Tensor, x: Tensor, codes: Tensor | None, x_hat: Tensor | None, needs: list[bool], *grid: Any
 ) -> tuple[Tensor, ...]:
     scale, _, codebook, _ = grid
     shaped_like = (scale, scale, codebook)
@@ -80,66 +129,126 @@ def _backward_fake(
     )
 
 
-def _lloyd_step_on_cuda(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
-    # Imported at the first call: `import qat` stays light, and machines without a GPU need no Triton.
+def _dynamic(x: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: str) -> Tensor:
+    grid = parse_format(format)
+    if _in_triton(x, grid):
+        from qat.kernels.fake_quantize import dynamic
+
+        if dynamic.takes(x, rule):
+            return dynamic.fake_quantize(x, rule, scale_dtype, codebook, grid)
+    scale, zero_point, *_ = DYNAMIC_RULES[rule](x, grid, scale_dtype)
+    return _fake_quantize(x, x.dtype, scale, zero_point, codebook, format)
+
+
+def _dynamic_params(x: Tensor, rule: str, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
+    grid = parse_format(format)
+    if _in_triton(x, grid):
+        from qat.kernels.fake_quantize import dynamic
+
+        if dynamic.takes(x, rule):
+            return dynamic.params(x, rule, scale_dtype, grid)
+    scale, zero_point, *_ = DYNAMIC_RULES[rule](x, grid, scale_dtype)
+    return scale, scale.new_empty(0) if zero_point is None else zero_point
+
+
+def _dynamic_params_fake(x: Tensor, rule: str, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
+    scale = x.new_empty((len(x), 1), dtype=torch.float32)
+    return scale, torch.empty_like(scale) if rule == "minmax" else scale.new_empty(0)
+
+
+def _lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
+    if not x.is_cuda or not _HAS_TRITON or _references_only:
+        return codebook_means.lloyd_step_(x, scale, codebook, importance)
     from qat.kernels.codebook_means import triton
 
-    with torch.no_grad(), torch.cuda.device(x.device):
-        triton.lloyd_step_(x, scale, codebook, importance)
+    return triton.lloyd_step_(x, scale, codebook, importance)
 
 
-quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize_reference, _codes_fake)
+quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize, _codes_fake)
 _quantize_stochastic_view = _operator(
     f"quantize_stochastic(Tensor x, {_GRID}) -> Tensor",
-    _quantize_stochastic_reference,
+    _quantize_stochastic,
     _codes_fake,
     torch.Tag.nondeterministic_seeded,
 )
 dequantize_view_ = _operator(
-    f"dequantize_(Tensor codes, Tensor(a!) out, {_GRID}) -> ()", _dequantize_reference, lambda codes, out, *grid: None
+    f"dequantize_(Tensor codes, Tensor(a!) out, {_GRID}) -> ()", _dequantize, lambda codes, out, *grid: None
 )
-_fake_quantize_view = _operator(
-    f"fake_quantize(Tensor x, {_GRID}) -> Tensor", _fake_quantize_reference, lambda x, *grid: x.new_empty(x.shape)
+fake_quantize_view = _operator(
+    f"fake_quantize(Tensor x, ScalarType dtype, {_GRID}) -> Tensor",
+    _fake_quantize,
+    lambda x, dtype, *grid: x.new_empty(x.shape, dtype=dtype),
+)
+# The values of the forward pass once more. An operator of its own, because a compiler that found the other one twice
+# would keep the first result instead.
+restore_view_ = _operator(
+    f"restore_(Tensor x, Tensor? codes, Tensor(a!) out, {_GRID}) -> ()", _restore, lambda x, codes, out, *grid: None
 )
 _fake_quantize_backward_ = _operator(
-    "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor codes, Tensor(b!)? x_hat, bool[] needs, "
+    "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor? codes, Tensor(b!)? x_hat, bool[] needs, "
     f"{_GRID}) -> (Tensor, Tensor, Tensor)",
-    _backward_reference,
+    _backward_of_view,
     _backward_fake,
+)
+_fake_quantize_dynamic_view = _operator(
+    f"fake_quantize_dynamic(Tensor x, {_RULE}, Tensor? codebook, str format) -> Tensor",
+    _dynamic,
+    lambda x, *rule: x.new_empty(x.shape),
+)
+_dynamic_params_of_view = _operator(
+    f"dynamic_params(Tensor x, {_RULE}, str format) -> (Tensor, Tensor)", _dynamic_params, _dynamic_params_fake
 )
 _lloyd_step_ = _operator(
     "lloyd_step_(Tensor x, Tensor scale, Tensor(a!) codebook, Tensor? importance) -> ()",
-    codebook_means.lloyd_step_,
+    _lloyd_step,
     lambda x, scale, codebook, importance: None,
 )
-torch.library.impl("qat::lloyd_step_", "cuda")(_lloyd_step_on_cuda)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.format = inputs
-    ctx.save_for_backward(*tensors)
+    x, _, *params, ctx.format = inputs
+    ctx.save_for_backward(x, *params)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("qat::fake_quantize has no second derivative; that of qat.numerics.functional has.")
     x, *params = ctx.saved_tensors
-    codes = quantize_view(x, *params, ctx.format)
-    return (*gradients_(grad.clone(), x, codes, None, ctx.needs_input_grad[:4], *params, ctx.format), None)
+    need_x, _, *needs, _ = ctx.needs_input_grad
+    own = grad.clone(memory_format=torch.contiguous_format)
+    clip = parse_format(ctx.format).saturates
+    dx, *others = gradients_(own, x, None, None, (need_x, *needs), *params, ctx.format, clip=clip)
+    return dx, None, *others, None
 
 
 torch.library.register_autograd("qat::fake_quantize", _backward, setup_context=_save_for_backward)
 
 
+def fake_quantize_to_keep(x: Tensor, dtype: torch.dtype, *grid: Any) -> tuple[Tensor, Tensor | None]:
+    """x_hat of a view, good until the next call, and what the backward pass shall be given as `codes`."""
+    if x.is_cuda:
+        return fake_quantize_view(x, dtype, *grid), None
+    codes = quantize_view(x, *grid)
+    x_hat = scratch("weight", x.shape, dtype, x.device)
+    dequantize_view_(codes, x_hat, *grid)
+    return x_hat, codes
+
+
 def gradients_(
-    grad: Tensor, x: Tensor, codes: Tensor, x_hat: Tensor | None, needs: Sequence[bool], *grid: Any, clip: bool = True
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor | None,
+    x_hat: Tensor | None,
+    needs: Sequence[bool],
+    *grid: Any,
+    clip: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients to x, scale, zero point and codebook as autograd wants them: None where not needed.
 
     `grad`, the gradient of x_hat, is overwritten by the gradient of x; `x_hat`, if given, by the values of the codes.
-    Without `clip` the gradient of x is that of x_hat, also beyond the grid.
+    `clip`: whether x beyond the grid gets none, which is for formats that saturate.
     """
-    clips = clip and needs[0] and parse_format(grid[-1]).saturates
+    clips = clip and needs[0]
     if clips or x_hat is not None or any(needs[1:]):
         found = _fake_quantize_backward_(grad, x, codes, x_hat, [clips, *needs[1:]], *grid)
     else:
@@ -171,7 +280,42 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     """
     view = granularity.view(x)
     grid = grid_of(qparams, format, len(view))
-    return granularity.unview(_fake_quantize_view(view, *grid), x.shape)
+    return granularity.unview(fake_quantize_view(view, x.dtype, *grid), x.shape)
+
+
+def fake_quantize_dynamic(
+    x: Tensor,
+    rule: str,
+    format: Format,
+    granularity: Granularity,
+    scale_dtype: torch.dtype,
+    codebook: Tensor | None = None,
+) -> Tensor:
+    """As `fake_quantize` with the qparams that `rule` finds for `x`, in one pass where a kernel can; no gradient.
+
+    Where several layers that stand side by side quantize the same x alike, all get the result of the first.
+    """
+    check_rule(rule, granularity, x.shape)
+    arguments = rule, scale_dtype, None if codebook is None else codebook.reshape(-1, codebook.shape[-1]), format.name
+
+    def computed() -> Tensor:
+        return granularity.unview(_fake_quantize_dynamic_view(granularity.view(x.detach()), *arguments), x.shape)
+
+    return computed() if codebook is not None else once_for_siblings(x, (granularity, *arguments), computed)
+
+
+def dynamic_qparams(
+    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
+) -> QParams:
+    """Compute qparams from `x` itself by a named rule of `qat.numerics.dynamic.DYNAMIC_RULES`.
+
+    Raises:
+        InputError: if no rule is called that, or it takes means and `granularity` pads `x` with zeros.
+    """
+    check_rule(rule, granularity, x.shape)
+    scale, zero_point = _dynamic_params_of_view(granularity.view(x.detach()), rule, scale_dtype, format.name)
+    shape = granularity.param_shape(x.shape)
+    return QParams(scale.reshape(shape), zero_point.reshape(shape) if rule == "minmax" else None)
 
 
 def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stochastic: bool = False) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn.packed import dtype_name, dtype_named
-from qat.numerics.dynamic import dynamic_qparams
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
+from qat.numerics.ste import straight_through
 from qat.quantizers import Quantizer
 from qat.quantizers.keep_dtype import KeepsDtype
 
@@ -65,14 +65,17 @@ class StoredActivation(KeepsDtype):
         return stored
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.fake_quantize(x, self.qparams(x), self.format, self.granularity)
+        if self.rule is None:
+            return ops.fake_quantize(x, self.qparams(x), self.format, self.granularity)
+        rule = self.rule, self.format, self.granularity, self.scale_dtype
+        return straight_through(x, ops.fake_quantize_dynamic(x, *rule, self.codebook))
 
     def qparams(self, x: Tensor) -> QParams:
         """The stored qparams, or those that the rule finds for `x`."""
         qparams = QParams(*(getattr(self, name) for name in QParams._fields))
         if self.rule is None:
             return qparams
-        found = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        found = ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
         return found._replace(codebook=self.codebook)
 
     @torch.no_grad()

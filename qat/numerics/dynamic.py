@@ -3,7 +3,7 @@
 An artifact keeps the name of the rule for an activation, so that loading it needs no Quantizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from qat.errors import InputError, nearest
 from qat.numerics.formats import FloatFormat, Format
 from qat.numerics.granularity import Granularity, refuse_padding
-from qat.numerics.qtensor import QParams, ViewParams
+from qat.numerics.qtensor import ViewParams
 from qat.numerics.ste import round_up_to_storage, smallest_scale
 
 
@@ -36,7 +36,7 @@ def minmax_params(view: Tensor, format: Format, scale_dtype: torch.dtype) -> Vie
     low, high = format.range()
     smallest, largest = _extremes(view)
     smallest, largest = smallest.clamp(max=0), largest.clamp(min=0)
-    scale = round_up_to_storage((largest - smallest) / (high - low), scale_dtype)
+    scale = round_up_to_storage(divided(largest - smallest, high - low), scale_dtype)
     return ViewParams(scale, (low - smallest / scale).round().clamp_(low, high))
 
 
@@ -86,22 +86,16 @@ DYNAMIC_RULES: dict[str, Rule] = {
 RULES_OF_MEANS = ("absmean", "twn")
 
 
-def dynamic_qparams(
-    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
-) -> QParams:
-    """Compute qparams from `x` itself by a named rule of `DYNAMIC_RULES`.
+def check_rule(rule: str, granularity: Granularity, shape: Sequence[int]) -> None:
+    """Refuse a rule that is none, or that takes means of a tensor of `shape` which `granularity` pads with zeros.
 
     Raises:
-        InputError: if no rule is called that, or it takes means and `granularity` pads `x` with zeros.
+        InputError: if so.
     """
     if rule not in DYNAMIC_RULES:
         raise InputError(f"There is no rule '{rule}' for dynamic qparams.{nearest(rule, DYNAMIC_RULES)}")
     if rule in RULES_OF_MEANS:
-        refuse_padding(granularity, x.shape)
-    found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
-    shape = granularity.param_shape(x.shape)
-    zero_point = None if found.zero_point is None else found.zero_point.reshape(shape)
-    return QParams(found.scale.reshape(shape), zero_point)
+        refuse_padding(granularity, shape)
 
 
 def _extremes(view: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +116,14 @@ def _covering_scale(extreme: Tensor, steps: float, dtype: torch.dtype) -> Tensor
     There extreme / (extreme / steps) may be a little more than `steps`, and so lie beyond the grid, where stochastic
     rounding is biased.
     """
-    scale = extreme / steps
+    scale = divided(extreme, steps)
     scale = torch.where(extreme / scale > steps, scale * (1 + torch.finfo(torch.float32).eps), scale)
     return round_up_to_storage(scale, dtype)
+
+
+def divided(value: Tensor, divisor: float) -> Tensor:
+    """Rounded to nearest everywhere: by a number, GPUs multiply by its reciprocal, and would find another scale."""
+    return value / torch.full_like(value, divisor)
 
 
 def _mean(view: Tensor) -> Tensor:

@@ -116,10 +116,19 @@ class Quantizer(Masked, ABC):
         return x_hat if strength == 1 else torch.lerp(x, x_hat, strength)
 
     def _fake_quantized(self, x: Tensor) -> Tensor:
+        if self.rule is not None and self.follows_rule:
+            codebook = getattr(self, "codebook", None)
+            rule = self.rule, self.format, self.granularity, self.scale_dtype
+            return straight_through(x, ops.fake_quantize_dynamic(x, *rule, codebook))
         qparams = self.ready_qparams(x)
         if self.clips:
             return ops.fake_quantize(x, qparams, self.format, self.granularity)
         return straight_through(x, ops.fake_quantize(x.detach(), qparams, self.format, self.granularity))
+
+    @property
+    def follows_rule(self) -> bool:
+        """Whether the qparams are those of `rule`, beside a codebook that is constant, and nothing else is done."""
+        return self.rule is not None
 
     @property
     def holds_zero(self) -> bool:

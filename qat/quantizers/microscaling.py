@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
-from qat.numerics.dynamic import dynamic_qparams
+from qat.kernels import ops
+from qat.numerics.dynamic import divided
 from qat.numerics.formats import FloatFormat, parse_format
 from qat.numerics.granularity import Granularity, PerTensor
 from qat.numerics.qtensor import QParams, QuantizedTensor
@@ -43,7 +44,7 @@ class MicroscalingQuantizer(Quantizer):
         self.scale_dtype = torch.float8_e8m0fnu
 
     def qparams(self, x: Tensor) -> QParams:
-        return dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        return ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
 
 
 class NVFP4Quantizer(Quantizer):
@@ -70,10 +71,10 @@ class NVFP4Quantizer(Quantizer):
 
     @torch.no_grad()
     def _scales(self, x: Tensor) -> QuantizedTensor:
-        (scale, *_) = dynamic_qparams(x, "absmax", self.format, self.granularity, self.scale_dtype)
+        (scale, *_) = ops.dynamic_qparams(x, "absmax", self.format, self.granularity, self.scale_dtype)
         assert isinstance(scale, Tensor)
         largest = scale.amax() if scale.numel() else scale.new_zeros(())
-        tensor_scale = (largest / _E4M3.range()[1]).clamp(min=torch.finfo(torch.float32).tiny)
+        tensor_scale = divided(largest, _E4M3.range()[1]).clamp(min=torch.finfo(torch.float32).tiny)
         # Code 1 is the smallest positive number: a block of zeros still needs a scale to divide by.
         codes = _E4M3.encode(scale / tensor_scale).clamp(min=1)
         second = QParams(tensor_scale.view((1,) * scale.ndim))

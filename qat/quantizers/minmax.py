@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError, nearest
-from qat.numerics.dynamic import DYNAMIC_RULES, dynamic_qparams
+from qat.kernels import ops
+from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, parse_format
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
@@ -91,7 +92,7 @@ class MinMaxQuantizer(Quantizer):
     def qparams(self, x: Tensor) -> QParams:
         if self.rule is None:
             return QParams(self.scale, getattr(self, "zero_point", None))
-        return dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        return ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
 
     def make_observer(self) -> Observer:
         return _OBSERVERS[self.observer_kind]()

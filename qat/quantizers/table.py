@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError, nearest
+from qat.kernels import ops
 from qat.numerics.codebooks import dynamic_map, fixed_codebook, table
-from qat.numerics.dynamic import RULES_OF_MEANS, dynamic_qparams
+from qat.numerics.dynamic import RULES_OF_MEANS
 from qat.numerics.formats import CodebookFormat
 from qat.numerics.functional import quantize
 from qat.numerics.granularity import Granularity, PerFlatGroup, refuse_padding
@@ -74,9 +75,13 @@ class TableQuantizer(Quantizer):
     def holds_zero(self) -> bool:
         return bool((self.codebook == 0).any())
 
+    @property
+    def follows_rule(self) -> bool:
+        return self.scale_codebook is None
+
     def qparams(self, x: Tensor) -> QParams:
         assert self.rule is not None
-        (scale, *_) = dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        (scale, *_) = ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
         assert isinstance(scale, Tensor)
         if self.scale_codebook is not None:
             return QParams(quantize_scales(scale, self.scale_codebook), codebook=self.codebook)

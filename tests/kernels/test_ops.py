@@ -157,9 +157,13 @@ def test_operators_are_well_formed():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.qat.quantize, (view, *grid), test_utils=checks)
     torch.library.opcheck(torch.ops.qat.dequantize_, (codes, torch.empty(24, 48), *grid), test_utils=checks)
-    torch.library.opcheck(torch.ops.qat.fake_quantize, (view, *grid), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.fake_quantize, (view, torch.bfloat16, *grid), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.restore_, (view, None, torch.empty(24, 48), *grid), test_utils=checks)
     backward = (torch.randn(24, 48), view, codes, torch.empty(24, 48), [True, True, True, False], *grid)
     torch.library.opcheck(torch.ops.qat.fake_quantize_backward_, backward, test_utils=checks)
+    rule = (view, "minmax", torch.bfloat16)
+    torch.library.opcheck(torch.ops.qat.fake_quantize_dynamic, (*rule, None, "uint4"), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.dynamic_params, (*rule, "uint4"), test_utils=checks)
 
 
 def test_a_scale_for_another_tensor_is_refused():

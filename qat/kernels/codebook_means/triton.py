@@ -214,21 +214,22 @@ def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor |
     sums = torch.empty(rows, splits, 3, width, dtype=torch.float32, device=x.device) if splits > 1 else codebook
     x = x.contiguous()
     common = {"ENTRIES": entries, "WIDTH": width, "SHIFT": SHIFT, "LEFT": LEFT}
-    _step[(rows, splits)](
-        x,
-        scale.contiguous(),
-        codebook,
-        x if importance is None else importance.contiguous(),
-        sums,
-        n,
-        PIECE=triton.cdiv(n, splits),
-        GROUP=x.shape[1],
-        BLOCK=max(32, min(_TILE // width, triton.next_power_of_2(n))),
-        num_warps=max(4, width // 16),
-        ONE_SCALE=len(scale) == rows,
-        WEIGHTED=importance is not None,
-        SPLIT=splits > 1,
-        **common,
-    )
-    if splits > 1:
-        _step_of_splits[(rows,)](sums, codebook, SPLITS=splits, num_warps=1, **common)
+    with torch.cuda.device_of(x):
+        _step[(rows, splits)](
+            x,
+            scale.contiguous(),
+            codebook,
+            x if importance is None else importance.contiguous(),
+            sums,
+            n,
+            PIECE=triton.cdiv(n, splits),
+            GROUP=x.shape[1],
+            BLOCK=max(32, min(_TILE // width, triton.next_power_of_2(n))),
+            num_warps=max(4, width // 16),
+            ONE_SCALE=len(scale) == rows,
+            WEIGHTED=importance is not None,
+            SPLIT=splits > 1,
+            **common,
+        )
+        if splits > 1:
+            _step_of_splits[(rows,)](sums, codebook, SPLITS=splits, num_warps=1, **common)

@@ -56,10 +56,15 @@ def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -
             values.copy_(_decode(block, _temporary("values", values), own, format))
 
 
+def fake_quantize(x: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
+    """Write what `x` is on its grid into `out`, of any floating dtype."""
+    dequantize(quantize(x, params, format), out, params, format)
+
+
 def fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
-    codes: Tensor,
+    codes: Tensor | None,
     x_hat: Tensor | None,
     needs: list[bool],
     params: ViewParams,
@@ -70,11 +75,12 @@ def fake_quantize_backward(
     Args:
         grad: gradient of x_hat, `[groups, elements]`; overwritten.
         x: the values that were quantized.
-        codes: their codes.
+        codes: their codes, if they were kept.
         x_hat: if given, the values of the codes are written there, for who needs them again.
         needs: which of the four gradients to compute; the others come back empty.
     """
     need_x, need_scale, need_zero_point, need_codebook = needs
+    codes = quantize(x, params, format) if codes is None else codes
     wanted = zip(params[:3], needs[1:], strict=True)
     found = Gradients(*(torch.zeros_like(p) if need and p is not None else grad.new_empty(0) for p, need in wanted))
     restored = grad if x_hat is None else x_hat

@@ -49,21 +49,22 @@ class FloatFormat(Format):
         return False
 
     @property
-    def _highest(self) -> int:
+    def highest(self) -> int:
+        """Code of the largest number."""
         return _HIGHEST[self.exponent_bits, self.mantissa_bits]
 
     @property
-    def _least_exponent(self) -> int:
+    def least_exponent(self) -> int:
         """Exponent of the smallest normal number: 1 - bias."""
         return 2 - 2 ** (self.exponent_bits - 1)
 
     @property
     def largest_exponent(self) -> int:
         """Exponent of the largest number."""
-        return (self._highest >> self.mantissa_bits) - 1 + self._least_exponent
+        return (self.highest >> self.mantissa_bits) - 1 + self.least_exponent
 
     def range(self) -> tuple[float, float]:
-        largest = float(_values(self)[self._highest])
+        largest = float(_values(self)[self.highest])
         return -largest, largest
 
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -72,13 +73,13 @@ class FloatFormat(Format):
             return v.clamp_(*self.range()).to(native).view(torch.uint8)
         negative = torch.signbit(v)
         # The float32 bit pattern gives the exponent exactly; below the normal numbers the spacing stays the same.
-        exponent = (v.abs_().view(torch.int32) >> 23).sub_(127).clamp_(min=self._least_exponent)
+        exponent = (v.abs_().view(torch.int32) >> 23).sub_(127).clamp_(min=self.least_exponent)
         spacing = ((exponent + (127 - self.mantissa_bits)) << 23).view(torch.float32)
         steps = v.div_(spacing)
         steps = steps.round_() if noise is None else steps.add_(noise).floor_()
         # A carry into the next exponent is the right code by itself.
-        magnitude = steps.add_(exponent.sub_(self._least_exponent), alpha=2.0**self.mantissa_bits)
-        return magnitude.clamp_(max=self._highest).add_(negative, alpha=2.0 ** (self.bits - 1))
+        magnitude = steps.add_(exponent.sub_(self.least_exponent), alpha=2.0**self.mantissa_bits)
+        return magnitude.clamp_(max=self.highest).add_(negative, alpha=2.0 ** (self.bits - 1))
 
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         values = _values_on(self, codes.device)
@@ -93,9 +94,9 @@ def _values_on(format: FloatFormat, device: torch.device) -> Tensor:
 @lru_cache
 def _values(format: FloatFormat) -> Tensor:
     """The number that every code stands for; codes beyond the highest finite one saturate."""
-    magnitude = torch.arange(2 ** (format.bits - 1)).clamp(max=format._highest)
+    magnitude = torch.arange(2 ** (format.bits - 1)).clamp(max=format.highest)
     exponent, mantissa = magnitude >> format.mantissa_bits, magnitude % 2**format.mantissa_bits
     hidden = (exponent > 0) * 2**format.mantissa_bits
-    power = exponent.clamp(min=1) - 1 + format._least_exponent - format.mantissa_bits
+    power = exponent.clamp(min=1) - 1 + format.least_exponent - format.mantissa_bits
     values = torch.ldexp((hidden + mantissa).to(torch.float32), power)
     return torch.cat([values, -values])

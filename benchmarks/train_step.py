@@ -1,0 +1,153 @@
+"""What quantization-aware training costs on a GPU: tokens a second and peak memory of a full fine-tune.
+
+    python -m benchmarks.train_step          needs a GPU of 40 GiB; writes results/train_step.json; resumes
+    python -m benchmarks.train_step --tiny   the same code on a model of toy size, on any machine; writes nothing
+
+The model is a Llama of one billion parameters (hidden 2048, 16 layers, 128 256 tokens, tied embeddings) with random
+weights in bf16, trained at 4 x 2048 tokens a step by torch's fused AdamW. All arms of a kind share everything but the
+quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `ours-w4a8` and `torchao-w4a8` have
+4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the extremes (torchao's
+activations with a zero point, because it has no others).
+`ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
+every weight. Each arm is a process of its own; its first loss is compared with that of the references.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qat
+from benchmarks.kmeans_1b import LARGE, TINY, now, peak_gib
+from benchmarks.record import record
+from lightning_modules.compilation import CompiledBlocks
+from qat.atomic import replaced_file
+from qat.kernels.ops import reference_kernels
+from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
+
+REFERENCE = "bf16"
+TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
+SCHEMES = {
+    "ours-w4a8": qat.Scheme(weight=partial(MinMaxQuantizer, bits=4, granularity="per_group_32"), input=TOKEN8),
+    "ours-w4a8-lsq": qat.Scheme(weight=partial(LSQQuantizer, bits=4, granularity="per_group_64"), input=TOKEN8),
+    "ours-kmeans4-row": qat.Scheme(weight=partial(KMeansQuantizer, bits=4)),
+}
+ARMS = (REFERENCE, *SCHEMES, "torchao-w4a8")
+_WARM_UP = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="toy size, on any machine")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of an arm")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
+    parser.add_argument("--one", nargs=2, metavar=("ARM", "BACKEND"), help="measure in this process, print as JSON")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one, options.tiny, options.steps)))
+        return
+    if not options.tiny and not torch.cuda.is_available():
+        raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
+    backends = ("eager", "aot_eager") if options.tiny else ("eager", "inductor")
+    rows = [row for backend in backends for row in compare(backend, options)]
+    if not options.tiny:
+        record("train_step", f"python -m benchmarks.train_step --steps {options.steps}", rows, ("torchao", "triton"))
+
+
+def compare(backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each arm, relative to bf16."""
+    found = {arm: kept(arm, backend, options) for arm in options.arms}
+    compiled, reference = backend != "eager", found[REFERENCE]
+    rows = [
+        {"arm": arm, "model": "toy" if options.tiny else "1b", "compiled": compiled, "reference": REFERENCE}
+        | measured
+        | {
+            "speed_ratio": measured["tokens_per_s"] / reference["tokens_per_s"],
+            "memory_ratio": measured["peak_gib"] / reference["peak_gib"],
+        }
+        for arm, measured in found.items()
+    ]
+    print(*rows, sep="\n", flush=True)
+    return rows
+
+
+def kept(arm: str, backend: str, options: argparse.Namespace) -> dict[str, float]:
+    """What a fresh process measures of `arm`, so that peak memory is its own."""
+    path = options.work / f"{arm}-{backend}{'-tiny' * options.tiny}.json"
+    if not path.is_file():
+        command = [sys.executable, "-m", "benchmarks.train_step", "--one", arm, backend, "--steps", str(options.steps)]
+        output = subprocess.run(command + ["--tiny"] * options.tiny, check=True, stdout=subprocess.PIPE, text=True)
+        with replaced_file(path) as temporary:
+            temporary.write_text(output.stdout.splitlines()[-1])
+    measured: dict[str, float] = json.loads(path.read_text())
+    return measured
+
+
+def measure(arm: str, backend: str, tiny: bool, steps: int) -> dict[str, float]:
+    """Tokens a second and peak memory."""
+    device = torch.device("cpu" if tiny else "cuda")
+    torch.manual_seed(0)
+    config = LlamaConfig(**(TINY if tiny else LARGE), tie_word_embeddings=True, max_position_embeddings=2048)
+    with device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+    quantize(model, arm)
+    ids = torch.randint(config.vocab_size, (2, 64) if tiny else (4, 2048), device=device)
+    with torch.no_grad():
+        first = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        if arm in SCHEMES:
+            with reference_kernels():
+                expected = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+            if abs(first - expected) > 1e-3 * expected:
+                raise SystemExit(f"{arm}: the loss is {first}, that of the references {expected}.")
+    if backend != "eager":
+        compile_blocks(model, backend)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    seconds = []
+    for step in range(steps + _WARM_UP):
+        if step == _WARM_UP and not tiny:
+            torch.cuda.reset_peak_memory_stats()
+        start = now(device)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(now(device) - start)
+    median = statistics.median(seconds[_WARM_UP:])
+    return {"tokens_per_s": ids.numel() / median, "peak_gib": peak_gib(device), "first_step_s": seconds[0]}
+
+
+def compile_blocks(model: LlamaForCausalLM, backend: str) -> None:
+    """As `module.compile` does it; layers that are not ours are compiled by torch's defaults."""
+    if any(
+        isinstance(module, nn.Linear) and type(module).__module__.startswith("torchao") for module in model.modules()
+    ):
+        for block in model.model.layers:
+            block.compile(backend=backend)
+    else:
+        CompiledBlocks(model, backend)
+
+
+def quantize(model: nn.Module, arm: str) -> None:
+    """Prepare `model` for `arm`: every linear layer but the head."""
+    if arm in SCHEMES:
+        qat.prepare(model, SCHEMES[arm])
+    elif arm != REFERENCE:
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+        weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+        config = QATConfig(activation_config=activations, weight_config=weights, step="prepare")
+        quantize_(model, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The gradients of fake quantization in one pass; the equations stand in `reference.py`.
+
+Nothing is kept from the forward pass but x and the qparams: finding a code again costs less than reading it. Sums over
+a group are finished by the program that owns the group; where groups are few and long, by a sum over the programs that
+share one. No atomics, so that the same tensors give the same bits.
+"""
+
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.kernels.fake_quantize import reference
+from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants
+from qat.kernels.fake_quantize.reference import Gradients
+from qat.kernels.fake_quantize.tiles import table_of, tile_at, tiling
+from qat.kernels.fake_quantize.triton import arguments, per_table
+from qat.numerics.formats import Format
+from qat.numerics.qtensor import ViewParams
+
+TILE = 2048
+# Programs that fill a large GPU.
+_PROGRAMS = 1024
+
+
+@triton.jit
+def _members(code, share, total, entry, ENTRIES):
+    """`total` `[ROWS, entries]` with the sum over each entry's members of `share` `[ROWS, WIDTH]` added to it."""
+    for k in range(ENTRIES):
+        part = tl.sum(tl.where(code == k, share, 0.0), axis=1, keep_dims=True)
+        total = tl.where(entry == k, total + part, total)
+    return total
+
+
+@triton.jit
+def _kernel(
+    grad,
+    x,
+    x_hat,
+    scale,
+    zero_point,
+    codebook,
+    scale_grad,
+    zero_point_grad,
+    codebook_grad,
+    rows,
+    columns,
+    pieces,
+    per_table,
+    low,
+    high,
+    GRID: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    CLIPS: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_SCALE: tl.constexpr,
+    NEED_ZERO_POINT: tl.constexpr,
+    NEED_CODEBOOK: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    TABLE: tl.constexpr,
+):
+    """A row is a group, or with GROUP > 0 the groups of that many elements that share a codebook."""
+    program = tl.program_id(0)
+    row = program // pieces * ROWS + tl.arange(0, ROWS)
+    piece = program % pieces
+    valid = row < rows
+    table = codebook
+    if GRID[KIND] == "codebook":
+        table = table_of(codebook, row, rows, per_table, GRID[ENTRIES])
+    s = tl.load(scale + row, mask=valid & (GROUP == 0), other=1.0).to(tl.float32)[:, None]
+    z = tl.zeros_like(s)
+    if HAS_ZERO_POINT:
+        z = tl.load(zero_point + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+    scale_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
+    zero_point_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
+    entry = tl.arange(0, TABLE)[None, :]
+    codebook_sum = tl.zeros((ROWS, TABLE), dtype=tl.float32)
+    for step in range(STEPS):
+        at, inside = tile_at(row, (piece * STEPS + step) * WIDTH, rows, columns, WIDTH)
+        g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
+        own = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        if GROUP > 0:
+            own_scale = tl.load(scale + at // GROUP, mask=inside, other=1.0).to(tl.float32)
+        else:
+            own_scale = tl.broadcast_to(s, own.shape)
+        v = tl.div_rn(own, own_scale)
+        if HAS_ZERO_POINT:
+            v += z
+        code = encode(v, table, GRID)
+        if NEED_VALUES or NEED_SCALE:
+            value = decode(code, table, GRID)
+            if HAS_ZERO_POINT:
+                value -= z
+            value *= own_scale
+        if NEED_VALUES:
+            tl.store(x_hat + at, value.to(x_hat.dtype.element_ty), mask=inside)
+        if NEED_CODEBOOK:
+            codebook_sum = _members(code, g * own_scale, codebook_sum, entry, GRID[ENTRIES])
+        clipped = g
+        if CLIPS:
+            clipped = tl.where((v >= low) & (v <= high), g, 0.0)
+        if NEED_SCALE:
+            scale_sum += tl.sum(g * value - clipped * own, axis=1, keep_dims=True)
+        if NEED_ZERO_POINT:
+            zero_point_sum += tl.sum(clipped - g, axis=1, keep_dims=True)
+        if NEED_X:
+            tl.store(grad + at, clipped.to(grad.dtype.element_ty), mask=inside)
+    out = (piece * rows + row)[:, None]
+    valid = valid[:, None]
+    if NEED_SCALE:
+        tl.store(scale_grad + out, scale_sum / s, mask=valid)
+    if NEED_ZERO_POINT:
+        tl.store(zero_point_grad + out, zero_point_sum * s, mask=valid)
+    if NEED_CODEBOOK:
+        tl.store(codebook_grad + out * GRID[ENTRIES] + entry, codebook_sum, mask=valid & (entry < GRID[ENTRIES]))
+
+
+def fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor | None,
+    x_hat: Tensor | None,
+    needs: list[bool],
+    params: ViewParams,
+    format: Format,
+) -> Gradients:
+    """As `reference.fake_quantize_backward`; codes are not looked at."""
+    if grad.numel() == 0:
+        return reference.fake_quantize_backward(grad, x, codes, x_hat, needs, params, format)
+    need_x, need_scale, need_zero_point, need_codebook = needs
+    memory = grad.contiguous()
+    shared = need_codebook and per_table(params, len(x)) > 1
+    alone = [need_x, need_scale, need_zero_point, need_codebook and not shared]
+    found = Gradients(*(grad.new_empty(0),) * 3)
+    if shared:
+        # Several groups to a codebook: sums over a group and over a codebook take a pass each.
+        found = found._replace(codebook=_pass(memory, x, None, [False, False, False, True], params, format).codebook)
+    if any(alone) or x_hat is not None:
+        others = _pass(memory, x, x_hat, alone, params, format)
+        found = others._replace(codebook=found.codebook) if shared else others
+    if need_x and memory is not grad:
+        grad.copy_(memory)
+    return found
+
+
+def _pass(
+    grad: Tensor,
+    x: Tensor,
+    x_hat: Tensor | None,
+    needs: list[bool],
+    params: ViewParams,
+    format: Format,
+) -> Gradients:
+    """One launch; with the gradient of a shared codebook, and no other, a row is all that shares one."""
+    groups, elements = x.shape
+    sharing = per_table(params, groups) if needs[3] else 1
+    rows, columns = groups // sharing, elements * sharing
+    cut = tiling(rows, columns, TILE, _PROGRAMS)
+    sums = [
+        x.new_empty((cut.pieces, rows, param.shape[1]) if need and param is not None else 0, dtype=torch.float32)
+        for param, need in zip(params[:3], needs[1:], strict=True)
+    ]
+    low, high = format.range()
+    with torch.cuda.device_of(x):
+        _kernel[(cut.blocks * cut.pieces,)](
+            grad,
+            x.contiguous(),
+            x if x_hat is None else x_hat,
+            *arguments(params, x),
+            *sums,
+            rows,
+            columns,
+            cut.pieces,
+            per_table(params, groups) // sharing,
+            low,
+            high,
+            GRID=grid_constants(format),
+            GROUP=elements if sharing > 1 else 0,
+            HAS_ZERO_POINT=params.zero_point is not None,
+            CLIPS=format.saturates,
+            NEED_X=needs[0],
+            NEED_SCALE=needs[1],
+            NEED_ZERO_POINT=needs[2],
+            NEED_CODEBOOK=needs[3],
+            NEED_VALUES=x_hat is not None,
+            ROWS=cut.rows,
+            WIDTH=cut.width,
+            STEPS=cut.steps,
+            TABLE=triton.next_power_of_2(params.codebook.shape[1]) if needs[3] and params.codebook is not None else 1,
+            enable_fp_fusion=False,
+        )
+    return Gradients(*(total.sum(0) if total.numel() else total for total in sums))

@@ -1,0 +1,245 @@
+"""Scales that follow from the data, found and used in one kernel: what `qat.numerics.dynamic` computes, to the bit.
+
+A group is read once where it fits a tile, otherwise twice, the second time mostly from the cache.
+"""
+
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, whole
+from qat.kernels.fake_quantize.tiles import table_of, tile_at, tiling
+from qat.numerics.formats import FloatFormat, Format
+from qat.numerics.ste import smallest_scale
+
+RULES = ("absmax", "minmax", "microscaling")
+TILE = 2048
+# Elements of a group that is read once; longer ones are worth a program each where there are many.
+_MOST, _ENOUGH = 16384, 256
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float32 to an integer in the order of the numbers, and back; NaN comes first or last."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _extremes(x, inside, least, most):
+    """`least` and `most` `[ROWS, 1]`, ordered integers, and those of the tile `x`. Integers, because they keep NaN."""
+    bits = _ordered(x.to(tl.int32, bitcast=True))
+    least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), axis=1, keep_dims=True))
+    most = tl.maximum(most, tl.max(tl.where(inside, bits, -0x7FFFFFFF), axis=1, keep_dims=True))
+    return least, most
+
+
+@triton.jit
+def _at_most(value, bound):
+    """The lesser of both, or NaN."""
+    return tl.where(value > bound, bound, value)
+
+
+@triton.jit
+def _at_least(value, bound):
+    """The greater of both, or NaN."""
+    return tl.where(value < bound, bound, value)
+
+
+@triton.jit
+def _stored(value, STORAGE: tl.constexpr):
+    """`value` >= 0, rounded to nearest in bfloat16, float16 or float32, as float32."""
+    if STORAGE == "bfloat16":
+        # By its bits, because Triton's interpreter does not round.
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        stored = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    elif STORAGE == "float16":
+        stored = value.to(tl.float16).to(tl.float32)
+    else:
+        stored = value
+    return stored
+
+
+@triton.jit
+def _rounded_up(value, EPS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, STORAGE: tl.constexpr):
+    """As `qat.numerics.ste.round_up_to_storage`."""
+    nearest = _stored(value, STORAGE)
+    above = _stored(_at_least(value * (1 + EPS / 2), value + SMALLEST / 2), STORAGE)
+    return _at_most(_at_least(tl.where(nearest < value, above, nearest), SMALLEST), LARGEST)
+
+
+@triton.jit
+def _params(
+    least,
+    most,
+    low,
+    high,
+    RULE: tl.constexpr,
+    EPS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    STORAGE: tl.constexpr,
+    EXPONENT: tl.constexpr,
+):
+    """Scale and zero point `[ROWS, 1]` from the extremes of each group."""
+    smallest = _ordered(least).to(tl.float32, bitcast=True)
+    largest = _ordered(most).to(tl.float32, bitcast=True)
+    zero_point = tl.zeros_like(smallest)
+    if RULE == "minmax":
+        smallest, largest = _at_most(smallest, 0.0), _at_least(largest, 0.0)
+        steps = tl.zeros_like(smallest) + (high - low)
+        scale = _rounded_up(tl.div_rn(largest - smallest, steps), EPS, SMALLEST, LARGEST, STORAGE)
+        zero_point = _at_most(_at_least(whole(low - tl.div_rn(smallest, scale)), low), high)
+    else:
+        extreme = _at_least(largest, -smallest)
+        if RULE == "absmax":
+            scale = tl.div_rn(extreme, tl.zeros_like(extreme) + high)
+            scale = tl.where(tl.div_rn(extreme, scale) > high, scale * 1.00000011920928955078125, scale)
+            scale = _rounded_up(scale, EPS, SMALLEST, LARGEST, STORAGE)
+        else:
+            exponent = (extreme.to(tl.int32, bitcast=True) >> 23) - 127 - EXPONENT
+            exponent = tl.minimum(tl.maximum(exponent, -126), 127)
+            scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    return scale, zero_point
+
+
+@triton.jit
+def _on_grid(x, s, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
+    v = tl.div_rn(x, tl.broadcast_to(s, x.shape))
+    if RULE == "minmax":
+        v += z
+    value = decode(encode(v, table, GRID), table, GRID)
+    if RULE == "minmax":
+        value -= z
+    return value * s
+
+
+@triton.jit
+def _kernel(
+    x,
+    out,
+    scale_out,
+    zero_point_out,
+    codebook,
+    groups,
+    elements,
+    per_table,
+    low,
+    high,
+    GRID: tl.constexpr,
+    RULE: tl.constexpr,
+    EPS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    STORAGE: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """With VALUES, fake-quantize; otherwise only write the scales and zero points."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    least = tl.full((ROWS, 1), 0x7FFFFFFF, dtype=tl.int32)
+    most = tl.full((ROWS, 1), -0x7FFFFFFF, dtype=tl.int32)
+    at, inside = tile_at(row, 0, groups, elements, WIDTH)
+    own = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    least, most = _extremes(own, inside, least, most)
+    for step in range(1, STEPS):
+        at, inside = tile_at(row, step * WIDTH, groups, elements, WIDTH)
+        further = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        least, most = _extremes(further, inside, least, most)
+    s, z = _params(least, most, low, high, RULE, EPS, SMALLEST, LARGEST, STORAGE, EXPONENT)
+    if VALUES:
+        table = codebook
+        if GRID[KIND] == "codebook":
+            table = table_of(codebook, row, groups, per_table, GRID[ENTRIES])
+        at, inside = tile_at(row, 0, groups, elements, WIDTH)
+        value = _on_grid(own, s, z, table, GRID, RULE)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+        for step in range(1, STEPS):
+            at, inside = tile_at(row, step * WIDTH, groups, elements, WIDTH)
+            further = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+            value = _on_grid(further, s, z, table, GRID, RULE)
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+    else:
+        valid = (row < groups)[:, None]
+        tl.store(scale_out + row[:, None], s, mask=valid)
+        if RULE == "minmax":
+            tl.store(zero_point_out + row[:, None], z, mask=valid)
+
+
+def takes(x: Tensor, rule: str) -> bool:
+    """Whether there is a kernel for `rule`, and enough groups of `x` `[groups, elements]` for a program each."""
+    return rule in RULES and x.numel() > 0 and (x.shape[1] <= _MOST or len(x) >= _ENOUGH)
+
+
+def fake_quantize(x: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: Format) -> Tensor:
+    """What `x` `[groups, elements]` is on the grid whose scales follow from x by one of RULES."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    unused = x.new_empty(0)
+    _launch(x, out, unused, unused, codebook, rule, scale_dtype, format, values=True)
+    return out
+
+
+def params(x: Tensor, rule: str, scale_dtype: torch.dtype, format: Format) -> tuple[Tensor, Tensor]:
+    """Scales `[groups, 1]` by one of RULES and, where that is `minmax`, zero points."""
+    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    zero_point = torch.empty_like(scale) if rule == "minmax" else scale.new_empty(0)
+    _launch(x, x, scale, zero_point, None, rule, scale_dtype, format, values=False)
+    return scale, zero_point
+
+
+def _launch(
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    codebook: Tensor | None,
+    rule: str,
+    scale_dtype: torch.dtype,
+    format: Format,
+    values: bool,
+) -> None:
+    groups, elements = x.shape
+    low, high = format.range()
+    tile = TILE if elements > _MOST else max(TILE, triton.next_power_of_2(elements))
+    cut = tiling(groups, elements, tile, programs=1)
+    with torch.cuda.device_of(x):
+        _kernel[(cut.blocks,)](
+            x.contiguous(),
+            out,
+            scale,
+            zero_point,
+            x if codebook is None else codebook.contiguous(),
+            groups,
+            elements,
+            1 if codebook is None else groups // len(codebook),
+            low,
+            high,
+            GRID=grid_constants(format),
+            RULE=rule,
+            VALUES=values,
+            ROWS=cut.rows,
+            WIDTH=cut.width,
+            STEPS=cut.steps,
+            num_warps=min(16, max(4, cut.width // 1024)),
+            enable_fp_fusion=False,
+            **_storage(scale_dtype, format),
+        )
+
+
+def _storage(dtype: torch.dtype, format: Format) -> dict[str, Any]:
+    """What rounding a scale up to `dtype` needs to know."""
+    exponent = format.largest_exponent if isinstance(format, FloatFormat) else 0
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):  # microscaling rounds by its own rule
+        return {"EPS": 0.0, "SMALLEST": 0.0, "LARGEST": 0.0, "STORAGE": "exponent", "EXPONENT": exponent}
+    info = torch.finfo(dtype)
+    ends = {"EPS": info.eps, "SMALLEST": smallest_scale(dtype), "LARGEST": info.max}
+    return ends | {"STORAGE": str(dtype).removeprefix("torch."), "EXPONENT": exponent}

@@ -1,0 +1,145 @@
+"""Grids inside Triton kernels: from a scaled value to a code, and from a code to a value, in registers.
+
+    round     consecutive integers, and an odd number of levels: the nearest one, ties to even
+    floor     an even number of levels, which lie between the integers
+    float     the bit patterns of small floating-point numbers
+    codebook  the number of boundaries below the value; a boundary lies halfway between two entries
+
+Each does what the `Format` of `qat.numerics.formats` does, to the bit. There is no inline PTX, so that everything runs
+in Triton's interpreter too.
+"""
+
+# Triton writes compile-time constants in capitals, and gives no types to pointers.
+# ruff: noqa: N803, N806
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+from qat.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat, LevelFormat, VectorFormat
+
+# Where in the tuple GRID each constant stands.
+KIND: tl.constexpr = tl.constexpr(0)  # as above
+LEAST: tl.constexpr = tl.constexpr(1)  # least code and greatest; of floats the greatest without its sign
+MOST: tl.constexpr = tl.constexpr(2)
+ZERO: tl.constexpr = tl.constexpr(3)  # round and floor: value of code 0
+ENTRIES: tl.constexpr = tl.constexpr(3)  # codebook
+MANTISSA: tl.constexpr = tl.constexpr(3)  # float: bits of the mantissa, and of the whole
+BITS: tl.constexpr = tl.constexpr(4)
+EXPONENT: tl.constexpr = tl.constexpr(5)  # float: that of the smallest normal number
+UNBIAS: tl.constexpr = tl.constexpr(6)  # float: what makes a number of its bits in the place of a float32's
+
+# 1.5 * 2^23, from where on float32 holds integers only: adding it rounds what is less than 2^22, ties to even.
+_WHOLE: tl.constexpr = tl.constexpr(12582912.0)
+# Up to here boundaries are counted one by one; beyond, entries are searched by halving.
+_COUNTED: tl.constexpr = tl.constexpr(16)
+
+Constants = tuple[str | int | float, ...]
+
+
+def grid_constants(format: Format) -> Constants | None:
+    """The tuple GRID of `format`; None where these kernels have none: vector codebooks."""
+    low, high = format.code_range
+    match format:
+        case VectorFormat():
+            return None
+        case CodebookFormat():
+            return "codebook", low, high, format.entries
+        case IntFormat():
+            return "round", float(low), float(high), 0.0
+        case LevelFormat():
+            return "round" if format.count % 2 else "floor", float(low), float(high), -(format.count - 1) / 2
+        case FloatFormat():
+            sizes = format.mantissa_bits, format.bits, format.least_exponent
+            return "float", low, format.highest, *sizes, 2.0 ** (126 + format.least_exponent)
+    return None
+
+
+@triton.jit
+def encode(v, table, GRID: tl.constexpr):
+    """Codes of `v` `[ROWS, WIDTH]` float32, as float32 (round, floor) or int32; `table` points to `[ROWS, 1]` rows."""
+    if GRID[KIND] == "codebook":
+        code = _entry(v, table, GRID)
+    elif GRID[KIND] == "float":
+        code = _pattern(v, GRID)
+    else:
+        code = _cell(v, GRID)
+    return code
+
+
+@triton.jit
+def read(stored, GRID: tl.constexpr):
+    """Codes from memory, as `encode` returns them."""
+    return stored.to(tl.int32 if (GRID[KIND] == "codebook") or (GRID[KIND] == "float") else tl.float32)
+
+
+@triton.jit
+def decode(code, table, GRID: tl.constexpr):
+    """Values, float32, of what `encode` returns."""
+    if GRID[KIND] == "codebook":
+        value = tl.load(table + code)
+    elif GRID[KIND] == "float":
+        value = _number(code, GRID)
+    else:
+        value = code + GRID[ZERO]
+    return value
+
+
+@triton.jit
+def whole(v):
+    """The nearest integer to `v`, ties to even; |v| < 2^22."""
+    return (v + _WHOLE) - _WHOLE
+
+
+@triton.jit
+def _cell(v, GRID: tl.constexpr):
+    # Limited first, in units of values, because large numbers have no room for the rounding above.
+    lowest = GRID[LEAST] + GRID[ZERO]
+    highest = GRID[MOST] + GRID[ZERO]
+    limited = tl.minimum(tl.maximum(v, lowest), highest)
+    value = whole(limited) if GRID[KIND] == "round" else tl.floor(limited) + 0.5
+    return value - GRID[ZERO]
+
+
+@triton.jit
+def _pattern(v, GRID: tl.constexpr):
+    bits = v.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Below the normal numbers the spacing stays the same.
+    exponent = tl.maximum((magnitude >> 23) - 127, GRID[EXPONENT])
+    per_spacing = ((127 + GRID[MANTISSA] - exponent) << 23).to(tl.float32, bitcast=True)
+    steps = magnitude.to(tl.float32, bitcast=True) * per_spacing
+    count = (steps + _WHOLE).to(tl.int32, bitcast=True) & 0x3FFFFF
+    # A carry into the next exponent is the right code by itself.
+    code = tl.minimum(count + ((exponent - GRID[EXPONENT]) << GRID[MANTISSA]), GRID[MOST])
+    return tl.where(bits < 0, code + (1 << (GRID[BITS] - 1)), code)
+
+
+@triton.jit
+def _number(code, GRID: tl.constexpr):
+    sign = 1 << (GRID[BITS] - 1)
+    magnitude = tl.minimum(code & (sign - 1), GRID[MOST])
+    # The exponent and the mantissa lie in a float32 as they lie in the code, but for the bias.
+    unbiased = (magnitude << (23 - GRID[MANTISSA])).to(tl.float32, bitcast=True)
+    value = unbiased * GRID[UNBIAS]
+    return tl.where(code >= sign, -value, value)
+
+
+@triton.jit
+def _entry(v, table, GRID: tl.constexpr):
+    COUNT: tl.constexpr = GRID[ENTRIES]
+    code = tl.zeros_like(v).to(tl.int32)
+    if COUNT <= _COUNTED:
+        below = tl.load(table)
+        for k in tl.static_range(1, COUNT):
+            above = tl.load(table + k)
+            code += (v > (below + above) / 2).to(tl.int32)
+            below = above
+    else:
+        for power in tl.static_range(7, -1, -1):
+            higher = code + (1 << power)
+            inside = higher < COUNT
+            at = tl.where(inside, higher, 1)
+            boundary = (tl.load(table + at - 1) + tl.load(table + at)) / 2
+            code = tl.where(inside & (v > boundary), higher, code)
+    return code

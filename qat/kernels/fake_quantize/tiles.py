@@ -1,0 +1,65 @@
+"""How kernels go over the view `[groups, elements]`, and find the scale and the codebook of a group.
+
+A program works on tiles of ROWS groups by WIDTH elements: many short groups at once, or a part of a long one.
+"""
+
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Tiling(NamedTuple):
+    """How `groups` of `elements` are cut.
+
+    rows, width: of a tile, powers of two.
+    blocks: of rows, each with programs of its own.
+    pieces: programs that share a block of rows.
+    steps: tiles of each program, side by side; a power of two, so that few kernels serve all sizes.
+    """
+
+    rows: int
+    width: int
+    blocks: int
+    pieces: int
+    steps: int
+
+
+def tiling(groups: int, elements: int, tile: int, programs: int | None = None) -> Tiling:
+    """Tiles of about `tile` elements; a program has one, or as many as leave at least `programs` of them."""
+    width = min(triton.next_power_of_2(elements), tile)
+    rows = max(1, min(tile // width, triton.next_power_of_2(groups)))
+    blocks, across = triton.cdiv(groups, rows), triton.cdiv(elements, width)
+    pieces = across if programs is None else max(1, min(across, triton.cdiv(programs, blocks)))
+    steps = triton.next_power_of_2(triton.cdiv(across, pieces))
+    return Tiling(rows, width, blocks, triton.cdiv(across, steps), steps)
+
+
+@triton.jit
+def own_rows(groups, pieces, ROWS: tl.constexpr):
+    """Rows of this program `[ROWS]`, and the number of its piece."""
+    program = tl.program_id(0)
+    return program // pieces * ROWS + tl.arange(0, ROWS), program % pieces
+
+
+@triton.jit
+def tile_at(row, first, groups, elements, WIDTH: tl.constexpr):
+    """Where the tile from column `first` on lies in memory, and which of it is there: `[ROWS, WIDTH]`."""
+    column = first + tl.arange(0, WIDTH)
+    at = row.to(tl.int64)[:, None] * elements + column[None, :]
+    return at, (row < groups)[:, None] & (column < elements)[None, :]
+
+
+@triton.jit
+def of_rows(values, row, groups, other):
+    """One value for each row, `[ROWS, 1]` float32."""
+    return tl.load(values + row, mask=row < groups, other=other).to(tl.float32)[:, None]
+
+
+@triton.jit
+def table_of(codebook, row, groups, per_table, ENTRIES):
+    """Pointers to the codebook of each row, `[ROWS, 1]`; `per_table` groups share one."""
+    return (codebook + tl.minimum(row, groups - 1).to(tl.int64) // per_table * ENTRIES)[:, None]

@@ -1,0 +1,114 @@
+"""Fake quantization, codes and their values in one pass over memory each, for scales that are given.
+
+The arithmetic is that of `qat.numerics.qtensor`, in float32 with divisions rounded to nearest: the same bits.
+"""
+
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, read
+from qat.kernels.fake_quantize.tiles import of_rows, own_rows, table_of, tile_at, tiling
+from qat.numerics.formats import Format
+from qat.numerics.qtensor import ViewParams
+
+TILE = 2048
+
+
+@triton.jit
+def _kernel(
+    source,
+    out,
+    scale,
+    zero_point,
+    codebook,
+    groups,
+    elements,
+    pieces,
+    per_table,
+    GRID: tl.constexpr,
+    ENCODE: tl.constexpr,
+    DECODE: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row, piece = own_rows(groups, pieces, ROWS)
+    at, inside = tile_at(row, piece * WIDTH, groups, elements, WIDTH)
+    table = codebook
+    if GRID[KIND] == "codebook":
+        table = table_of(codebook, row, groups, per_table, GRID[ENTRIES])
+    s = of_rows(scale, row, groups, 1.0)
+    if HAS_ZERO_POINT:
+        z = of_rows(zero_point, row, groups, 0.0)
+    found = tl.load(source + at, mask=inside, other=0)
+    if ENCODE:
+        v = tl.div_rn(found.to(tl.float32), tl.broadcast_to(s, found.shape))
+        if HAS_ZERO_POINT:
+            v += z
+        found = encode(v, table, GRID)
+    else:
+        found = read(found, GRID)
+    if DECODE:
+        value = decode(found, table, GRID)
+        if HAS_ZERO_POINT:
+            value -= z
+        found = value * s
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+
+
+def quantize(x: Tensor, params: ViewParams, format: Format) -> Tensor:
+    """As `reference.quantize`."""
+    codes = torch.empty(x.shape, dtype=format.code_dtype, device=x.device)
+    return _launch(x, codes, params, format, ENCODE=True, DECODE=False)
+
+
+def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
+    """As `reference.dequantize`."""
+    _launch(codes, out, params, format, ENCODE=False, DECODE=True)
+
+
+def fake_quantize(x: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
+    """As `reference.fake_quantize`, without codes on the way."""
+    _launch(x, out, params, format, ENCODE=True, DECODE=True)
+
+
+def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, **does: bool) -> Tensor:
+    groups, elements = source.shape
+    if source.numel() == 0:
+        return out
+    cut = tiling(groups, elements, TILE)
+    memory = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(source):
+        _kernel[(cut.blocks * cut.pieces,)](
+            source.contiguous(),
+            memory,
+            *arguments(params, source),
+            groups,
+            elements,
+            cut.pieces,
+            per_table(params, groups),
+            GRID=grid_constants(format),
+            HAS_ZERO_POINT=params.zero_point is not None,
+            ROWS=cut.rows,
+            WIDTH=cut.width,
+            enable_fp_fusion=False,
+            **does,
+        )
+    return out if memory is out else out.copy_(memory)
+
+
+def arguments(params: ViewParams, absent: Tensor) -> list[Any]:
+    """Scale, zero point and codebook as kernels take them; `absent` stands for what is not there and not read."""
+    return [absent if param is None else param.contiguous() for param in params[:3]]
+
+
+def per_table(params: ViewParams, groups: int) -> int:
+    """How many groups share a codebook."""
+    return 1 if params.codebook is None else groups // len(params.codebook)
