@@ -28,7 +28,7 @@ _REST = (
         MATRIX_PRODUCTS,
     ),
     (re.compile(r"FakeQuantiz|StraightThrough|QuantizeGrad"), FAKE_QUANTIZATION),
-    (re.compile(r"cross_entropy|log_softmax|nll_loss|LogSoftmax|NllLoss|logsumexp", re.IGNORECASE), LOSS),
+    (re.compile(r"cross_?entropy|log_softmax|nll_loss|LogSoftmax|NllLoss|logsumexp", re.IGNORECASE), LOSS),
 )
 _BACKWARD_NODE = "autograd::engine::evaluate_function"
 _USER_SCOPE = 7  # torch's RecordScope

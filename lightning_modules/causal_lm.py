@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_modules.compilation import CompiledBlocks
 from lightning_modules.data.windows import IGNORED
+from lightning_modules.loss import HeadLoss, head_loss
 from qat.errors import InputError
 from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
@@ -30,6 +31,8 @@ class CausalLMModule(pl.LightningModule):
             parameters never decay. None: that of the weights.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: a backend of torch.compile, `inductor`, for the blocks of the model while it trains; None: none.
+        loss: how training computes it: by the `model`, or without the logits of all tokens, `chunked`, `liger` or
+            `cce`; `auto` is chunked wherever that computes what the model does.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class CausalLMModule(pl.LightningModule):
         quantizer_lr: float | None = None,
         gradient_checkpointing: bool = False,
         compile: str | None = None,
+        loss: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model.train()
@@ -50,14 +54,18 @@ class CausalLMModule(pl.LightningModule):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.compile_backend = compile
         self.compiled: CompiledBlocks | None = None
+        self.loss = loss
+        self.head_loss: HeadLoss | None = None
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def on_fit_start(self) -> None:
-        """Compile now and for this fit only: what comes before changes the model, and what ships is not compiled."""
+        """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""
+        self.head_loss = head_loss(self.model, self.loss)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend)
 
     def on_fit_end(self) -> None:
+        self.head_loss = None
         if self.compiled is not None:
             self.compiled.undo()
             self.compiled = None
@@ -145,6 +153,8 @@ class CausalLMModule(pl.LightningModule):
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         with nullcontext() if self.compiled is None else self.compiled.step():
+            if self.head_loss is not None and self.head_loss.pays(batch):
+                return self.head_loss(batch)
             output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, mixed, pruning, recipe
+from benchmarks import grids, kv_cache, loss, mixed, pruning, recipe
 from qat.planning import integers, planned_layers, storage
 from tests.conftest import tiny_llama
 
@@ -114,3 +114,10 @@ def test_bits_drawn_at_random_spend_the_budget():
         share = spent / sum(layer.weights for layer in layers.values())
         assert 3.4 < share <= 3.5
         assert len(set(assignment.values())) > 2
+
+
+def test_loss():
+    rows = {row["arm"]: row for row in loss.compare("tiny", loss.SHAPES["tiny"], 2, "cpu")}
+    assert rows["plain"]["speed_ratio"] == 1
+    assert rows["chunked"]["gradient_error"] < 1e-5
+    assert rows["chunked"]["ms"] > 0

@@ -9,7 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat
+from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.loss import HeadLoss
 from qat.export.parity import check_logits
 from qat.kernels.codebook_means import reference
 from qat.kernels.linear import fake_quantized_linear
@@ -19,9 +22,11 @@ from qat.quantizers import MinMaxQuantizer
 from tests.conftest import tiny_llama
 from tests.kernels.test_codebook_means import stepped
 from tests.lightning_modules.test_cli import shell  # noqa: F401
+from tests.lightning_modules.test_module import fit
 from tests.nn.kv_models import in_parts, quantized, whole
 from tests.nn.kv_models import tokens as kv_tokens
 from tests.quantizers.test_contract import quantizers
+from tests.test_configs import composed
 from tests.transforms.test_prepare import SCHEMES, tokens
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +79,35 @@ def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
     with CompiledBlocks(model, compile).step():
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])
+def test_a_paged_state_is_paged_again_after_a_checkpoint(name, tmp_path):
+    factory = instantiate(composed(tmp_path, f"optimizer={name}").optimizer)
+    whole, first, second = (CausalLMModule(tiny_llama(intermediate_size=4096), factory) for _ in range(3))
+    for other in (first, second):
+        other.load_state_dict(whole.state_dict())
+    fit(tmp_path, whole, accelerator="gpu")
+    last = LastCheckpoint(str(tmp_path), every_n_steps=2)
+    fit(tmp_path, first, last, max_steps=2, accelerator="gpu")
+    fit(tmp_path, second, ckpt_path=last.path, accelerator="gpu")
+    for own, resumed in zip(whole.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(resumed, own)
+    states = [s for s in second.optimizers(use_pl_optimizer=False).state.values() if s["state1"].numel() >= 100_000]
+    assert len(states) == 6
+    assert all(state["state1"].is_paged for state in states)
+
+
+@pytest.mark.parametrize("kind", ["chunked", "liger", "cce"])
+def test_losses_at_the_head_equal_the_models_on_the_gpu(kind):
+    pytest.importorskip({"liger": "liger_kernel", "cce": "cut_cross_entropy"}.get(kind, "torch"))
+    model = qat.prepare(tiny_llama(hidden_size=128, head_dim=32).cuda().bfloat16(), SCHEMES["head_too"]).train()
+    data = {"input_ids": (ids := torch.randint(0, 96, (8, 64), device="cuda")), "labels": ids}
+    expected, found = model(**data, use_cache=False).loss, HeadLoss(model, kind)(data)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=0)
+    leaf = model.lm_head.weight
+    ours, theirs = (torch.autograd.grad(loss, leaf)[0].float() for loss in (found, expected))
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 @pytest.mark.parametrize("path", list(quantizers()))

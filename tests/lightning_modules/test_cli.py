@@ -113,6 +113,10 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
             *("callbacks.smooth_start.delay_steps=1", "scheme.kv.window=4", "data.sequence_length=48"),
         ],
         ["data.batch_size=2", "module.gradient_checkpointing=true", "optimizer=adamw8bit", "scheduler=constant"],
+        [
+            *("module.compile=aot_eager", "data.batch_size=4", "optimizer=paged_adamw8bit"),
+            *("callbacks.profile.steps=1", "callbacks.profile.warmup=1"),
+        ],
     ],
     ids=[
         "w4a8 kmeans",
@@ -125,6 +129,7 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
         "embedding and gradients",
         "kivi cache, fp8, smooth start",
         "checkpointing",
+        "compiled, profiled",
     ],
 )
 def test_methods_schemes_and_precisions(shell, arguments):

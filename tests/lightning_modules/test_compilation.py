@@ -137,6 +137,7 @@ def test_checkpoints_know_nothing_of_it(tmp_path):
     assert not any("_orig_mod" in name for name in compiled)
 
 
+@pytest.mark.slow
 def test_blocks_with_other_bits_get_other_graphs():
     """More of them than the graphs that torch keeps of one function by itself."""
     grids = [(bits, granularity) for granularity in ("per_channel", "per_group_32") for bits in range(2, 7)]
@@ -150,6 +151,20 @@ def test_blocks_with_other_bits_get_other_graphs():
     with CompiledBlocks(model, "aot_eager").step():
         found = step_of(model, ids)
     assert_equal(found, expected)
+
+
+def test_batches_of_other_sizes():
+    """As when evaluating: more rows than in training, and fewer in the last batch."""
+    model = qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, input=TOKEN8)).train()
+    ids = torch.randint(0, 96, (5, 16))
+    with torch.no_grad():
+        expected = [model(rows, use_cache=False).logits for rows in (ids[:1], ids[:4], ids, ids[:3])]
+    compiled = CompiledBlocks(model, "aot_eager")
+    with compiled.step():
+        step_of(model, ids[:1])
+        with torch.no_grad():
+            found = [model.eval()(rows, use_cache=False).logits for rows in (ids[:1], ids[:4], ids, ids[:3])]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_loss_that_is_no_number_is_explained(tmp_path):

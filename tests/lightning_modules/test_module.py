@@ -151,11 +151,11 @@ class Records(CSVLogger):
         return self._rows
 
 
-def fit(tmp_path, module, *callbacks, **options):
+def fit(tmp_path, module, *callbacks, ckpt_path=None, **options):
     logger = Records(str(tmp_path))
     settings = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(callbacks=list(callbacks), logger=logger, **(settings | options))
-    trainer.fit(module, datamodule=Batches())
+    trainer.fit(module, datamodule=Batches(), ckpt_path=ckpt_path, weights_only=True)
     return logger.metrics
 
 
