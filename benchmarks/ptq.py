@@ -17,6 +17,7 @@ the peer with the best perplexity. `versions` are those of the tool's environmen
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -224,12 +225,14 @@ class Benchmark:
 
 
 def run_tool(python: str, tool: str, job: Job, folder: Path) -> None:
-    """Let `tool` do `job` in `folder`; what it prints goes to `log.txt` there."""
+    """Let `tool` do `job` in `folder`, where its own files end up too; what it prints goes to `log.txt` there."""
     job.write(folder)
     log = folder / "log.txt"
     command = [python, "-m", f"benchmarks.peers.{tool}", str(folder)]
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+    places = {"cwd": folder, "env": os.environ | {"PYTHONPATH": path}}
     with log.open("w") as output:
-        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, **places).returncode
     if code or not (folder / files.RESULT).is_file():
         end = "\n".join(log.read_text().splitlines()[-15:])
         raise SystemExit(f"{tool} stopped with code {code}; the end of {log}:\n{end}")
