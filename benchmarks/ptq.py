@@ -8,6 +8,7 @@ gptqmodel; a tool without one is left out. Every arm, ours too, is a process of 
 the model of benchmarks/recipe.py and the calibration windows as files, quantizes the weights of all linear layers but
 the head, and leaves them dequantized. They are checked (benchmarks/peers/check.py), put into the model and evaluated
 here, alike for all. Seconds are those of quantizing, from a model on the CPU, without importing, loading and saving.
+A tool may compile when it runs for the first time: `--repeats 2` gives each another, and the least seconds count.
 
 A row for each scheme, method and tool. Tools run with their defaults; `llmcompressor-mse` chooses scales by squared
 error instead of extremes. Integers are symmetric, but for AWQ asymmetric, as is its custom. Rows of ours have `peer_*`:
@@ -17,9 +18,7 @@ the peer with the best perplexity. `versions` are those of the tool's environmen
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -34,8 +33,9 @@ from torch import Tensor
 from benchmarks.peers import job as files
 from benchmarks.peers.check import check_loss, check_weights
 from benchmarks.peers.job import Job
+from benchmarks.peers.run import run_tool
 from benchmarks.recipe import LENGTH, MODEL, device, load, perplexity, tokenizer
-from benchmarks.record import ROOT, record
+from benchmarks.record import record
 from benchmarks.texts import calibration, windows
 from qat import transforms
 from qat.atomic import replaced_file, replaced_folder
@@ -86,29 +86,36 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
     parser.add_argument("--work", type=Path, default=Path("outputs/ptq"), help="where arms are kept")
     parser.add_argument("--peers", nargs="*", default=[], metavar="NAME=PYTHON", help=", ".join(PEERS))
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="all")
     parser.add_argument("--methods", nargs="+", choices=sorted({arm.method for arm in ARMS}), help="all")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens")
     parser.add_argument("--windows", type=int, default=0, help="of the evaluation text; 0 takes all")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model that is given"
     )
+    parser.add_argument("--repeats", type=int, default=1, help="of every arm; seconds are the least of them")
     options = parser.parse_args()
     pythons = interpreters(options.peers)
-    arms = [arm for arm in ARMS if arm.scheme in options.schemes and arm.method in (options.methods or [arm.method])]
+    schemes, methods = options.schemes or SCHEMES, options.methods or [arm.method for arm in ARMS]
+    arms = [arm for arm in ARMS if arm.scheme in schemes and arm.method in methods]
     run = [arm for arm in arms if not _left_out(arm, pythons)]
     for arm in arms:
         if arm not in run:
             print(f"left out: {'@'.join(arm)}: {_left_out(arm, pythons)}")
     train, val = windows(options.texts, LENGTH)
     given = calibration(train, options.calibration)
-    bench = Benchmark(options.work, given, val[: options.windows or None], options.dtype, pythons)
+    bench = Benchmark(options.work, given, val[: options.windows or None], options.dtype, pythons, options.repeats)
     rows = [bench.fp(), *(bench.row(arm) for arm in track(run, description="arms"))]
-    words = [f"--peers {' '.join(f'{name}=PYTHON' for name in pythons if name != OURS)}"] if options.peers else []
-    words += [
-        f"--{name} {value}" for name, value in vars(options).items() if name in ("calibration", "windows", "dtype")
-    ]
-    record("ptq", " ".join(["python -m benchmarks.ptq --texts TEXTS", *words]), beside_peers(rows))
+    record("ptq", command(options, pythons), beside_peers(rows))
+
+
+def command(options: argparse.Namespace, pythons: Mapping[str, str]) -> str:
+    """What was run, without the places of this machine."""
+    words = ["python -m benchmarks.ptq --texts TEXTS"]
+    words += [f"--{name} {getattr(options, name)}" for name in ("calibration", "windows", "dtype", "repeats")]
+    words += [f"--{name} {' '.join(chosen)}" for name in ("schemes", "methods") if (chosen := getattr(options, name))]
+    peers = [f"{name}=PYTHON" for name in pythons if name != OURS]
+    return " ".join([*words, *(["--peers", *peers] if peers else [])])
 
 
 def interpreters(peers: Iterable[str]) -> dict[str, str]:
@@ -160,11 +167,20 @@ class Benchmark:
         val: windows of the evaluation text.
         dtype: of the model that every tool is given.
         pythons: interpreters by tool.
+        repeats: of every arm; the weights of the first are evaluated.
     """
 
-    def __init__(self, work: Path, calibration: Tensor, val: Tensor, dtype: str, pythons: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        work: Path,
+        calibration: Tensor,
+        val: Tensor,
+        dtype: str,
+        pythons: Mapping[str, str],
+        repeats: int = 1,
+    ) -> None:
         self.work, self.calibration, self.val, self.dtype = work.absolute(), calibration, val, dtype
-        self.pythons = pythons
+        self.pythons, self.repeats = pythons, repeats
         self.inputs = self.work / f"inputs-{_digest(MODEL, dtype, calibration.numpy().tobytes())}"
 
     def fp(self) -> Row:
@@ -177,9 +193,11 @@ class Benchmark:
     def row(self, arm: Arm) -> Row:
         """The row of one arm."""
         job = self.job(arm)
-        name = f"{'@'.join(arm)}-{_digest(replace(job, inputs=self.inputs.name), self.val.numpy().tobytes())}"
+        key = _digest(replace(job, inputs=self.inputs.name), self.val.numpy().tobytes(), self.repeats)
+        name = f"{'@'.join(arm)}-{key}"
         row = _kept(self.work / f"{name}.json", lambda: self._measured(arm, job, self.work / name))
-        (self.work / name / files.WEIGHTS).unlink(missing_ok=True)
+        for weights in (self.work / name).glob(f"*/{files.WEIGHTS}"):
+            weights.unlink()
         print(row, flush=True)
         return row
 
@@ -193,16 +211,22 @@ class Benchmark:
         )
 
     def _measured(self, arm: Arm, job: Job, folder: Path) -> Row:
+        results = [self._result(arm, job, folder / str(index)) for index in range(self.repeats)]
+        symmetric = job.symmetric if job.grid == "int" else None
+        row = arm._asdict() | {"symmetric": symmetric, "group_size": job.group_size} | results[0]["settings"]
+        row |= {"ppl": self._evaluated(arm, job, folder / "0", results[0]["loss"]), "ppl_fp": self.fp()["ppl"]}
+        peak = results[0]["peak_bytes"]
+        row |= {"seconds": min(result["seconds"] for result in results), "repeats": self.repeats}
+        row |= {"peak_gib": None if peak is None else peak / 2**30, "versions": results[0]["versions"]}
+        return row | self._common()
+
+    def _result(self, arm: Arm, job: Job, folder: Path) -> Row:
+        """What the tool of `arm` wrote in `folder`, now or before the run was stopped."""
         if not (folder / files.RESULT).is_file():
             self._write_inputs()
             run_tool(self.pythons[_base(arm.tool)], _base(arm.tool), job, folder)
-        result = json.loads((folder / files.RESULT).read_text())
-        symmetric = job.symmetric if job.grid == "int" else None
-        row = arm._asdict() | {"symmetric": symmetric, "group_size": job.group_size} | result["settings"]
-        row |= {"ppl": self._evaluated(arm, job, folder, result["loss"]), "ppl_fp": self.fp()["ppl"]}
-        peak = result["peak_bytes"]
-        row |= {"seconds": result["seconds"], "peak_gib": None if peak is None else peak / 2**30}
-        return row | {"versions": result["versions"]} | self._common()
+        result: Row = json.loads((folder / files.RESULT).read_text())
+        return result
 
     def _evaluated(self, arm: Arm, job: Job, folder: Path, own_loss: float) -> float:
         """Perplexity with the weights that a tool left, which must be what it says that they are."""
@@ -222,20 +246,6 @@ class Benchmark:
     def _common(self) -> Row:
         row = {"model": MODEL, "text": "wiki106.val", "windows": len(self.val), "dtype": self.dtype}
         return row | {"calibration_windows": len(self.calibration)}
-
-
-def run_tool(python: str, tool: str, job: Job, folder: Path) -> None:
-    """Let `tool` do `job` in `folder`, where its own files end up too; what it prints goes to `log.txt` there."""
-    job.write(folder)
-    log = folder / "log.txt"
-    command = [python, "-m", f"benchmarks.peers.{tool}", str(folder)]
-    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
-    places = {"cwd": folder, "env": os.environ | {"PYTHONPATH": path}}
-    with log.open("w") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False, **places).returncode
-    if code or not (folder / files.RESULT).is_file():
-        end = "\n".join(log.read_text().splitlines()[-15:])
-        raise SystemExit(f"{tool} stopped with code {code}; the end of {log}:\n{end}")
 
 
 def _kept(path: Path, measure: Callable[[], Row]) -> Row:

@@ -43,13 +43,14 @@ def bench(monkeypatch, tmp_path):
     found, ran = {}, []
     for name, value in {"load": load, "windows": windows, "run_tool": run_tool, "tokenizer": tiny_tokenizer}.items():
         monkeypatch.setattr(ptq, name, value)
-    monkeypatch.setattr(ptq, "record", lambda name, command, rows: found.update({name: rows}))
-    run.ran, run.work = ran, tmp_path / "work"
+    monkeypatch.setattr(ptq, "record", lambda name, command, rows: found.update({name: rows, "command": command}))
+    run.ran, run.found, run.work = ran, found, tmp_path / "work"
     return run
 
 
 def test_rows_of_all_tools(bench, capsys):
     rows = bench("--calibration", "8", "--peers", f"{PEER}={sys.executable}", "--schemes", "int3-g64", "kmeans3-row")
+    assert bench.found["command"].endswith("--schemes int3-g64 kmeans3-row --peers llmcompressor=PYTHON")
     found = {(row["scheme"], row["method"], row["tool"]): row for row in rows}
     tools = [ptq.OURS, PEER, f"{PEER}-mse"]
     integers = [("rtn-minmax", ptq.OURS), ("rtn-lsq", ptq.OURS), *((m, t) for m in ("gptq", "awq") for t in tools)]
@@ -89,6 +90,14 @@ def test_a_run_that_stopped_goes_on(bench, monkeypatch):
     monkeypatch.setattr(ptq, "perplexity", evaluate)
     bench("--calibration", "5", *arguments[2:])
     assert len(bench.ran) == 4  # other windows are other arms
+
+
+def test_the_least_seconds_of_repeats_count(bench, monkeypatch):
+    arguments = ["--calibration", "4", "--schemes", "int4-g64", "--methods", "rtn-minmax", "--repeats", "3"]
+    row = bench(*arguments)[1]
+    seconds = [json.loads(path.read_text())["seconds"] for path in bench.work.rglob(files.RESULT)]
+    assert len(bench.ran) == len(set(seconds)) == row["repeats"] == 3
+    assert row["seconds"] == min(seconds)
 
 
 def stop():
