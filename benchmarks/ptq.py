@@ -9,6 +9,7 @@ the model of benchmarks/recipe.py and the calibration windows as files, quantize
 the head, and leaves them dequantized. They are checked (benchmarks/peers/check.py), put into the model and evaluated
 here, alike for all. Seconds are those of quantizing, from a model on the CPU, without importing, loading and saving.
 A tool may compile when it runs for the first time: `--repeats 2` gives each another, and the least seconds count.
+Arms are kept by what was asked for, not by commit or version: after a change of a tool, give another --work.
 
 A row for each scheme, method and tool. Tools run with their defaults; `llmcompressor-mse` chooses scales by squared
 error instead of extremes. Integers are symmetric, but for AWQ asymmetric, as is its custom. Rows of ours have `peer_*`:

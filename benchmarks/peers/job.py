@@ -3,7 +3,7 @@
 `inputs/` holds `model/` (by save_pretrained, with its tokenizer) and `calibration.safetensors` (`input_ids`,
 `[windows, tokens]`). The folder of a job holds `job.json`, whose fields are those of `Job`; the tool adds
 `weights.safetensors`, the tensors that it changed under the model's own names and dequantized, and then `result.json`.
-This file and its neighbours import nothing of this project but each other, `ours` excepted.
+Tools other than `ours` import nothing of this project but this file.
 """
 
 import json
