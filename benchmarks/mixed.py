@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import qat
 from benchmarks.recipe import LENGTH, MODEL, device, load, perplexity
 from benchmarks.record import record
-from benchmarks.texts import windows
+from benchmarks.texts import calibration, windows
 from qat.atomic import replaced_file
 from qat.export.artifact import bits_per_weight
 from qat.planning import SIGNALS, Budget, Candidate, Plan, integers, lock_groups, plan, planned_layers, storage
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="random assignments of each budget")
     options = parser.parse_args()
     train, val = windows(options.texts, LENGTH)
-    bench = Benchmark(options.work, calibration(train), val[: options.windows or None], options.draws)
+    bench = Benchmark(options.work, calibration(train, CALIBRATION), val[: options.windows or None], options.draws)
     rows = [
         bench.row(limit, signal, method)
         for method in options.methods
@@ -61,12 +60,6 @@ def main() -> None:
     words = f"--signals {' '.join(options.signals)} --methods {' '.join(options.methods)}"
     words += f" --windows {options.windows} --draws {options.draws}"
     record("mixed", f"python -m benchmarks.mixed --texts TEXTS {words}", rows)
-
-
-def calibration(train: Tensor) -> Tensor:
-    """Windows of the training texts, drawn once."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    return train[order[:CALIBRATION]].to(torch.int64)
 
 
 class Benchmark:

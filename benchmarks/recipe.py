@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -42,6 +43,11 @@ def load(weights: dict[str, Tensor] | None = None) -> nn.Module:
 @cache
 def _untrained() -> nn.Module:
     return rotate_(load_smollm2("~/.cache/lightning-qat").model)
+
+
+def tokenizer() -> Any:
+    """Of the same model."""
+    return load_smollm2("~/.cache/lightning-qat").tokenizer
 
 
 def fit(model: nn.Module, rate: float, train: Tensor, steps: int) -> nn.Module:

@@ -153,6 +153,21 @@ def pruning(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def ptq(rows: Rows) -> str:
+    """Perplexity and time of every tool, by scheme and method; the full-precision model's first."""
+    headings = ("scheme", "method", "tool", "grid", "columns", "perplexity", "seconds", "peak GiB")
+    lines = [_line(*headings), _line(*["---"] * 5, *["--:"] * 3)]
+    for row in rows:
+        grid = (
+            {None: "codebook", True: "symmetric", False: "asymmetric"}[row["symmetric"]] if "symmetric" in row else ""
+        )
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        order = row.get("act_order") or ""
+        lines.append(_line(row["scheme"], row["method"], row["tool"], grid, order, _shown(row["ppl"]), seconds, peak))
+    return "\n".join(lines)
+
+
 # What a marker `<!-- table:NAME -->` shows: the result file and how.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "default_job": ("default_job", default_job),
@@ -165,6 +180,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "kmeans_fit_cpu": ("kmeans_fit_cpu", kmeans_fit),
     "kmeans_1b": ("kmeans_1b", kmeans_1b),
     "pruning": ("pruning", pruning),
+    "ptq": ("ptq", ptq),
 }
 
 

@@ -23,6 +23,12 @@ def windows(folder: Path, length: int) -> tuple[Tensor, Tensor]:
     return _windows(folder, TRAIN, "*.train.txt", length), _windows(folder, VAL, "wiki106.val.txt", length)
 
 
+def calibration(train: Tensor, count: int) -> Tensor:
+    """`count` windows of the training texts (int64), drawn once."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train[order[:count]].to(torch.int64)
+
+
 def _windows(folder: Path, name: str, pattern: str, length: int) -> Tensor:
     path = folder / name
     if not path.is_file():
