@@ -12,7 +12,8 @@ from qat.numerics.qtensor import ViewParams, scale_down
 def gaps(view: Tensor, params: ViewParams, format: Format) -> Tensor:
     """The distance between the two grid values around each element; beyond an end of the grid, of the two there.
 
-    For integers it is the scale. An element that moves by at most half of it is rounded to one of the two.
+    For integers it is the scale. On an even grid half of it leads an element to either of the two and no further;
+    where gaps differ, a wide one may lead beyond a narrow one next to it.
 
     Args:
         view: `[groups, elements]`.

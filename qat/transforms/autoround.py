@@ -33,8 +33,8 @@ def autoround(
 ) -> nn.Module:
     """Learn how the linear layers of each block round, by signs of gradients (SignRound, arXiv 2309.05516).
 
-    A weight w is rounded as w + V g, with V in [-1/2, 1/2] and g the distance between the two grid values around it:
-    to the one or to the other. V and log2 of the scales follow the signs of their gradients, in steps whose lengths
+    A weight w is rounded as w + V g, with V in [-1/2, 1/2] and g the distance between the two grid values around it, so
+    that it can become either. V and log2 of the scales follow the signs of their gradients, in steps whose lengths
     fall to zero and sum up to 1/2 and to `scale_reach`. The loss is the mean squared error of what leaves the block,
     given what the quantized blocks before it make, against the model in full precision. As the steps end at zero, the
     last is the best, and is kept, unless the block's error on all batches was less before the first. Activation

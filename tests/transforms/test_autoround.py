@@ -97,7 +97,7 @@ def test_what_is_worse_than_rounding_is_rounded(monkeypatch):
 
 
 def test_a_weight_goes_to_one_of_the_two_grid_values_around_it():
-    model = prepare(textured(), Scheme(weight=QUANTIZERS["nf3"]))
+    model = prepare(textured(), Scheme(weight=QUANTIZERS["minmax"]))
     before = {name: layer.weight.detach().clone() for name, layer in quant_layers(model)}
     quickly(model, batches(4), scale_reach=0.0)
     moved = 0
