@@ -91,6 +91,8 @@ def _check(model: nn.Module, steps: int, batch_size: int, scale_reach: float, st
 def _autoround_block(block: Block, learn: Callable[[Block, list[LearnedRounding]], None], start: str) -> None:
     """Learn, and keep what was learned if it serves the block better than what it started from."""
     layers = quantized_linears(block.module).values()
+    if not layers:
+        return
     with found_at(block.name):
         if start == "gptq":
             with full_precision(block.module):

@@ -151,6 +151,15 @@ def test_pruned_weights_stay_zero():
     assert mean_error(model, fresh, full) < mean_error(rounded, fresh, full)
 
 
+def test_a_block_that_stays_in_full_precision_is_passed():
+    model = textured()
+    before = copy.deepcopy(model)
+    quickly(prepare(model, Scheme(weight=QUANTIZERS["lsq"], exclude=["*.layers.0.*"])), batches(2), steps=3)
+    own, old = (m.model.layers for m in (model, before))
+    assert torch.equal(own[0].mlp.down_proj.weight, old[0].mlp.down_proj.weight)
+    assert not torch.equal(own[1].mlp.down_proj.weight, old[1].mlp.down_proj.weight)
+
+
 def test_bfloat16_moves_too():
     model, fresh = textured().bfloat16(), batches(seed=1)
     full = logits(model, fresh)
