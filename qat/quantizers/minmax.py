@@ -11,7 +11,7 @@ from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, parse_format
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
-from qat.numerics.search import least_squares_scale
+from qat.numerics.search import half_quadratic_scale, least_squares_scale
 from qat.quantizers.base import Quantizer, check_bits
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
 from qat.quantizers.rounding import is_stochastic
@@ -22,6 +22,7 @@ _OBSERVERS: dict[str, Callable[[], Observer]] = {
     "moving_average": MovingAverageObserver,
     "percentile": lambda: SampleObserver(most=2**20),
     "mse": SampleObserver,
+    "hqq": SampleObserver,
 }
 
 
@@ -39,9 +40,10 @@ class MinMaxQuantizer(Quantizer):
         format: fp8_e4m3, fp8_e5m2, fp6_e2m3, fp6_e3m2, fp4_e2m1, or levels2 ... levels256; None takes integers.
         symmetric: whether zero sits in the middle of the grid.
         dynamic: find the extremes in every x anew; otherwise calibrate once and keep them.
-        observer: how a static quantizer condenses the batches it is calibrated on: `minmax` takes the extremes of all,
-            `moving_average` those of each batch in turn (arXiv 1712.05877), `percentile` cuts off the tails, `mse`
-            clips where the squared error is least.
+        observer: how a static quantizer condenses the batches it is calibrated on, or fits a weight: `minmax` takes the
+            extremes of all, `moving_average` those of each batch in turn (arXiv 1712.05877), `percentile` cuts off the
+            tails, `mse` clips where the squared error is least, `hqq` lowers sum |error|^0.7, in which outliers
+            count little, by the steps of HQQ.
         percentile: the share of x, in percent, that observer=percentile leaves unclipped.
         rounding: `nearest`, or `stochastic`, whose expectation is x itself: for gradients, and symmetric ones, since
             nothing beyond the grid is its own expectation.
@@ -115,6 +117,8 @@ class MinMaxQuantizer(Quantizer):
             view = _without_tails(view, self.percentile, symmetric=self._rule == "absmax")
         rule = DYNAMIC_RULES[self._rule]
         found = rule(view, self.format, self.scale_dtype)
+        if self.observer_kind == "hqq":
+            return found._replace(scale=half_quadratic_scale(view, self.format, found, self.scale_dtype))
         if self.observer_kind != "mse":
             return found
         shrunk = least_squares_scale(view, self.format, found, outliers=True) / found.scale

@@ -1,5 +1,6 @@
 """Transforms: whole-model operations before and after training."""
 
+from qat.transforms.autoround import autoround
 from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
@@ -20,6 +21,7 @@ __all__ = [
     "KVCache",
     "Rule",
     "Scheme",
+    "autoround",
     "awq",
     "calibrate",
     "codebooks",

@@ -7,8 +7,8 @@ of the hidden states of the calibration data off it.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qat.atomic import replaced_file
 from qat.errors import InputError
 from qat.transforms.layers import quant_layers
+from qat.transforms.plain import full_precision
 
 # Values of each weight that tell one model from another.
 _SAMPLE = 1024
@@ -48,6 +49,8 @@ class Block:
         name: as in `model.named_modules()`.
         index, count: which of how many blocks it is.
         calls: a call for each batch, held on `home`.
+        targets: for each call the hidden states that leave the block where nothing was quantized, in it or before it;
+            none where the walk was not asked for them.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Block:
     count: int
     calls: list[Call]
     device: torch.device
+    targets: Sequence[Tensor] = ()
 
     def run(self, call: Call) -> Tensor:
         """The hidden states that leave the block."""
@@ -94,6 +98,7 @@ def walk(
     folder: str | Path | None = None,
     key: str = "",
     blocks: tuple[str, nn.ModuleList] | None = None,
+    with_targets: bool = False,
 ) -> None:
     """Call `work` for every block in turn; each sees the outputs of the finished ones before it.
 
@@ -106,6 +111,7 @@ def walk(
         folder: where finished blocks are kept until all are, so that a walk that was killed goes on; None keeps none.
         key: what the result depends on beside the model and the data; blocks of another key are not taken up.
         blocks: their name and their list, for a model that was not prepared; None finds them.
+        with_targets: also carry the hidden states of the model in full precision, as the targets of each block.
 
     Raises:
         InputError: if the model has no blocks, there are no batches, or the data holds NaN.
@@ -118,10 +124,12 @@ def walk(
     try:
         calls = _first_calls(model, stack, batches)
         finished = _Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
+        targets: Sequence[Tensor] = [call.hidden for call in calls[0]] if with_targets else ()
         with progress_bar() as progress:
             task = progress.add_task(title, total=len(stack))
             for index, module in enumerate(stack):
                 block = Block(f"{name}.{index}", module.to(device), index, len(stack), calls[index], device)
+                targets = block.targets = _targets(block, targets)
                 if not finished.restore(index, module):
                     work(block)
                     finished.keep(index, module)
@@ -140,14 +148,28 @@ def _pass_on(block: Block, calls: list[list[Call]]) -> None:
     """Run `block` and hand its outputs to the next one; what only it needed is freed."""
     following = calls[block.index + 1]
     for i, call in enumerate(block.calls):
-        hidden = block.run(call).to(call.hidden.device)
-        if not torch.isfinite(hidden).all():
-            raise InputError(
-                f"{block.name} made NaN or infinity of the calibration data: look at its weights; a model in float16 "
-                "may need bfloat16."
-            )
+        hidden = _finite_output(block, call)
         following[i] = Call(hidden, following[i].args, following[i].kwargs)
     calls[block.index] = []
+
+
+@torch.no_grad()
+def _targets(block: Block, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What leaves `block` in full precision where `hidden`, of each call, enters it."""
+    with full_precision(block.module):
+        pairs = zip(block.calls, hidden, strict=False)  # there may be none
+        return [_finite_output(block, replace(call, hidden=own)) for call, own in pairs]
+
+
+def _finite_output(block: Block, call: Call) -> Tensor:
+    """The hidden states that leave `block`, on the device of those that enter it."""
+    hidden = block.run(call).to(call.hidden.device)
+    if not torch.isfinite(hidden).all():
+        raise InputError(
+            f"{block.name} made NaN or infinity of the calibration data: look at its weights; a model in float16 may "
+            "need bfloat16."
+        )
+    return hidden
 
 
 class _Stop(Exception):

@@ -68,7 +68,7 @@ def gptq(
     key = f"gptq {damping} {act_order} {true_sequential} {importance} {sweeps}"
     round_weight = partial(gptq_weight, damping=damping, act_order=act_order, block_size=block_size)
     work = partial(
-        _gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance, sweeps=sweeps
+        gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance, sweeps=sweeps
     )
     with full_precision(model):
         walk(model, batches, work, "GPTQ", device, folder, key)
@@ -87,13 +87,14 @@ def fix_scales(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _gptq_block(
+def gptq_block(
     block: Block,
-    round_weight: RoundWeight,
-    true_sequential: bool,
-    importance: bool,
-    sweeps: int,
+    round_weight: RoundWeight = gptq_weight,
+    true_sequential: bool = False,
+    importance: bool = True,
+    sweeps: int = 1,
 ) -> None:
+    """Move the weights of every linear layer in `block` onto their grids; the options are those of `gptq`."""
     groups = inputs(block)
     for together in [[group] for group in groups] if true_sequential else [groups]:
         for group, hessian in zip(together, hessians(block, together), strict=True):

@@ -22,7 +22,7 @@ def inputs(block: Block, layers: Group | None = None) -> list[Group]:
         layers: by their names in the block; None: the linear layers whose weights are quantized.
     """
     if layers is None:
-        layers = {name: m for name, m in block.module.named_modules() if is_quantized_linear(m)}
+        layers = quantized_linears(block.module)
     seen: dict[int, tuple[Tensor, Group]] = {}
 
     def note(name: str, own: QuantLinear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -81,6 +81,11 @@ def magnitudes(block: Block, modules: Sequence[nn.Module], largest: bool = False
 
     _run(block, block.calls, {str(i): (module, gather(i)) for i, module in enumerate(modules)})
     return [sums[i] if largest else sums[i] / counts[i] for i in range(len(modules))]
+
+
+def quantized_linears(module: nn.Module) -> Group:
+    """The linear layers within `module` whose weights get codes, by their names in it."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantLinear) and is_quantized_linear(m)}
 
 
 def is_quantized_linear(module: nn.Module) -> bool:

@@ -1,7 +1,6 @@
 """Learn the rotation of the residual stream on the loss of the quantized model."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qat.errors import InputError
-from qat.nn import QuantLayer
 from qat.numerics.hadamard import cayley_step
 from qat.quantizers import Quantizer
 from qat.transforms.channels import inputs_changed, outputs_changed
 from qat.transforms.layers import is_quantized, quant_layers
+from qat.transforms.plain import uncalibrated_off
 from qat.transforms.stream import Stream
 
 
@@ -44,7 +43,7 @@ def learned_rotation(model: nn.Module, stream: Stream, batches: Iterable[Any], s
     was_training = model.training
     model.eval()
     try:
-        with _static_activations_off(model):
+        with uncalibrated_off(model):
             start = _mean_loss(model, stream, matrix, batches)
             for step in track(range(steps), "learning a rotation", transient=True):
                 gradient = _gradient(model, stream, matrix, batches[step % len(batches)])
@@ -115,24 +114,6 @@ def _fit_quantizers(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             quantizer, tensor = getattr(layer, f"{weight_name}_quantizer"), tensors.get(f"{name}.{weight_name}")
             if tensor is not None and isinstance(quantizer, Quantizer) and quantizer.rule is None:
                 quantizer.initialize(layer.as_matrix(layer, tensor))
-
-
-@contextmanager
-def _static_activations_off(model: nn.Module) -> Iterator[None]:
-    """Quantizers that nothing calibrated yet let everything through."""
-    layers = [layer for layer in model.modules() if isinstance(layer, QuantLayer)]
-    waiting = [q for layer in layers for q in (layer.input_quantizer, layer.output_quantizer) if not _is_ready(q)]
-    for quantizer in waiting:
-        quantizer.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for quantizer in waiting:
-            quantizer.enabled = True  # type: ignore[assignment]
-
-
-def _is_ready(quantizer: nn.Module) -> bool:
-    return not isinstance(quantizer, Quantizer) or quantizer.initialized
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Switch all quantizers off for a while."""
+"""Switch quantizers off for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from torch import nn
 
 from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import Quantizer
+from qat.transforms.calibrate import uncalibrated
 
 
 @contextmanager
@@ -30,3 +31,16 @@ def full_precision(model: nn.Module) -> Iterator[None]:
         for attention, kept in attentions:
             attention.kv_quantizer = kept
         model.train(was_training)
+
+
+@contextmanager
+def uncalibrated_off(model: nn.Module) -> Iterator[None]:
+    """Static quantizers that nothing calibrated yet let everything through."""
+    waiting = list(uncalibrated(model).values())
+    for quantizer in waiting:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in waiting:
+            quantizer.enabled = True

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from qat.transforms.autoround import autoround
 from qat.transforms.gptq import fix_scales, gptq
 from qat.transforms.hadamard import rotate, untie
 
-_STRUCTURE = {gptq: fix_scales, rotate: untie}
+_STRUCTURE = {gptq: fix_scales, autoround: fix_scales, rotate: untie}
 
 
 def restructure(model: nn.Module, transforms: Iterable[Any]) -> nn.Module:

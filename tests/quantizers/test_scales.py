@@ -190,3 +190,14 @@ def test_no_token_at_all_is_quantized_to_none(make):
     y = make()(x)
     y.sum().backward()
     assert y.shape == x.grad.shape == (0, 64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_hqq_is_nearer_than_the_extremes_without_data(bits, symmetric):
+    x = torch.distributions.StudentT(4.0).sample((64, 256))
+    options = {"granularity": "per_group_64", "symmetric": symmetric, "dynamic": False}
+    fits = [initialized(MinMaxQuantizer(x.shape, bits, observer=kind, **options), x) for kind in ("minmax", "hqq")]
+    extremes, hqq = (sqnr(x, quantizer(x)) for quantizer in fits)
+    assert hqq > extremes + 0.1
+    assert torch.equal(fits[1].quantize(x).dequantize(), fits[1](x))
