@@ -10,6 +10,7 @@ quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `our
 activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
 every weight. Each arm is a process of its own; its first loss is compared with that of the references.
+`quantize_share` is what the kernels of fake quantization take of the time that a step keeps the GPU busy.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
@@ -111,17 +114,30 @@ def measure(arm: str, backend: str, tiny: bool, steps: int) -> dict[str, float]:
     if backend != "eager":
         compile_blocks(model, backend)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    seconds = []
-    for step in range(steps + _WARM_UP):
-        if step == _WARM_UP and not tiny:
-            torch.cuda.reset_peak_memory_stats()
-        start = now(device)
+
+    def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    seconds = []
+    for count in range(steps + _WARM_UP):
+        if count == _WARM_UP and not tiny:
+            torch.cuda.reset_peak_memory_stats()
+        start = now(device)
+        step()
         seconds.append(now(device) - start)
-    median = statistics.median(seconds[_WARM_UP:])
-    return {"tokens_per_s": ids.numel() / median, "peak_gib": peak_gib(device), "first_step_s": seconds[0]}
+    found = {"tokens_per_s": ids.numel() / statistics.median(seconds[_WARM_UP:]), "peak_gib": peak_gib(device)}
+    return found | {"first_step_s": seconds[0]} | ({} if tiny else {"quantize_share": quantize_share(step)})
+
+
+def quantize_share(step: Callable[[], None]) -> float:
+    """Of the time that a step keeps the GPU busy: what our kernels take."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total for event in recorded.key_averages()}
+    return sum(time for name, time in times.items() if name.startswith("_fake_quantize")) / sum(times.values())
 
 
 def compile_blocks(model: LlamaForCausalLM, backend: str) -> None:

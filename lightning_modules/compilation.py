@@ -1,7 +1,7 @@
 """The blocks of a model, compiled while it trains: one graph for all blocks that are alike."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from qat.errors import InputError, nearest
+from qat.kernels.linear import fused_by_a_compiler
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
@@ -63,8 +64,13 @@ class CompiledBlocks:
         Raises:
             InputError: if a block cannot be one graph, or the backend fails.
         """
+        eagerly = self._is_watched()
         try:
-            with torch.compiler.set_stance("force_eager") if self._is_watched() else nullcontext():
+            with ExitStack() as stack:
+                if eagerly:
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                elif self.backend == "inductor":
+                    stack.enter_context(fused_by_a_compiler())
                 yield
         except TorchDynamoException as error:
             raise InputError(

@@ -1,6 +1,8 @@
 """A linear layer with a fake-quantized weight that keeps codes, not a second weight, for its backward pass."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from qat.kernels import ops
-from qat.numerics.formats import Format
+from qat.numerics import functional
+from qat.numerics.formats import Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams
+from qat.numerics.ste import straight_through
 from qat.scratch import scratch
+
+_fuses = False
 
 
 def fake_quantized_linear(
@@ -46,6 +52,9 @@ def fake_quantized_linear(
     dtype = compute_dtype(x)
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    if _fuses and x.device.type == "cpu" and isinstance(format, IntFormat | LevelFormat):
+        w = _kept(weight, mask, dense_gradient).to(torch.float32)
+        return F.linear(x, _plain(w, qparams, format, granularity, clip).to(dtype), bias)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
     return _FakeQuantizedLinear.apply(
         x, weight, bias, mask, granularity, (clip and format.saturates, dense_gradient), *grid
@@ -56,6 +65,27 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a matrix product with `x`: its own, or that of autocast, which leaves float64 alone."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+@contextmanager
+def fused_by_a_compiler() -> Iterator[None]:
+    """Fake-quantize the weights of linear layers by plain operators where a C++ compiler makes one loop of them.
+
+    That is a uniform grid on a CPU, in a model that torch.compile traces for inductor: it finds W_hat again in the
+    backward pass by itself. Values are the same; gradients of scales are summed in another order.
+    """
+    global _fuses
+    before, _fuses = _fuses, True
+    try:
+        yield
+    finally:
+        _fuses = before
+
+
+def _plain(weight: Tensor, qparams: QParams, format: Format, granularity: Granularity, clip: bool) -> Tensor:
+    if clip:
+        return functional.fake_quantize(weight, qparams, format, granularity)
+    return straight_through(weight, functional.fake_quantize(weight.detach(), qparams, format, granularity))
 
 
 class _FakeQuantizedLinear(torch.autograd.Function):
@@ -100,6 +130,12 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         if dweight is not None and not ctx.dense_gradient:
             dweight = _masked(dweight, mask)
         return dx, dweight, dbias, None, None, None, *found[1:], None
+
+
+def _kept(weight: Tensor, mask: Tensor | None, dense_gradient: bool) -> Tensor:
+    """`weight`, zero where it is pruned, differentiable."""
+    kept = _masked(weight, mask)
+    return straight_through(weight, kept.detach()) if mask is not None and dense_gradient else kept
 
 
 def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:

@@ -37,7 +37,7 @@ def _members(code, share, total, entry, ENTRIES):
 
 
 @triton.jit
-def _kernel(
+def _fake_quantize_backward(
     grad,
     x,
     x_hat,
@@ -185,7 +185,7 @@ def _pass(
     }
     tensors = grad, x.contiguous(), x if x_hat is None else x_hat, *fields(params, x), *sums
     sizes = rows, columns, cut.pieces, per_table(params, groups) // sharing
-    launch(_kernel, cut.blocks * cut.pieces, (*tensors, *sizes, *format.range()), constants)
+    launch(_fake_quantize_backward, cut.blocks * cut.pieces, (*tensors, *sizes, *format.range()), constants)
     return Gradients(*(total.sum(0) if total.numel() else total for total in sums))
 
 

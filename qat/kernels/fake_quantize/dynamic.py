@@ -123,7 +123,7 @@ def _on_grid(x, s, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _fake_quantize_dynamic(
     x,
     out,
     scale_out,
@@ -223,7 +223,13 @@ def _launch(
     }
     tensors = x.contiguous(), out, scale, zero_point, x if codebook is None else codebook.contiguous()
     sizes = groups, elements, 1 if codebook is None else groups // len(codebook)
-    launch(_kernel, cut.blocks, (*tensors, *sizes, *format.range()), constants, max(4, min(16, cut.width // 1024)))
+    launch(
+        _fake_quantize_dynamic,
+        cut.blocks,
+        (*tensors, *sizes, *format.range()),
+        constants,
+        max(4, min(16, cut.width // 1024)),
+    )
 
 
 @lru_cache

@@ -21,7 +21,7 @@ TILE = 2048
 
 
 @triton.jit
-def _kernel(
+def _fake_quantize(
     source,
     out,
     scale,
@@ -94,7 +94,7 @@ def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, enc
     }
     sizes = groups, elements, cut.pieces, per_table(params, groups)
     arguments = source.contiguous(), memory, *fields(params, source), *sizes
-    launch(_kernel, cut.blocks * cut.pieces, arguments, constants)
+    launch(_fake_quantize, cut.blocks * cut.pieces, arguments, constants)
     return out if memory is out else out.copy_(memory)
 
 
