@@ -16,6 +16,7 @@ from qat.errors import InputError
 from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.masks import hold_masks_of
+from qat.transforms.step_codes import ModelStepCodes
 
 _MEND = "Lower optimizer.lr or module.quantizer_lr, set trainer.gradient_clip_val, or train in 32-true."
 
@@ -50,10 +51,12 @@ class CausalLMModule(pl.LightningModule):
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
         self.quantizer_lr = quantizer_lr
+        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.compile_backend = compile
         self.compiled: CompiledBlocks | None = None
+        self.codes: ModelStepCodes | None = None
         self.loss = loss
         self.head_loss: HeadLoss | None = None
         self._nll = torch.zeros(2, dtype=torch.float64)
@@ -63,9 +66,14 @@ class CausalLMModule(pl.LightningModule):
         self.head_loss = head_loss(self.model, self.loss)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend)
+        elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
+            self.codes = ModelStepCodes(self.model)
 
     def on_fit_end(self) -> None:
         self.head_loss = None
+        if self.codes is not None:
+            self.codes.stop()
+            self.codes = None
         if self.compiled is not None:
             self.compiled.undo()
             self.compiled = None
@@ -80,6 +88,11 @@ class CausalLMModule(pl.LightningModule):
             raise InputError(self._explain(loss, batch))
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.codes is not None:
+            self.codes.renew()
 
     def on_validation_epoch_start(self) -> None:
         self._nll = torch.zeros(2, dtype=torch.float64)

@@ -31,6 +31,7 @@ def fake_quantized_linear(
     clip: bool = True,
     mask: Tensor | None = None,
     dense_gradient: bool = False,
+    codes: Tensor | None = None,
 ) -> Tensor:
     """y = x @ fake_quantize(weight * mask)^T + bias.
 
@@ -45,6 +46,7 @@ def fake_quantized_linear(
         clip: whether weights beyond the grid get no gradient; where they set the scale themselves, they need it.
         mask: `[out, in]`, false where the weight is pruned; None keeps all.
         dense_gradient: whether pruned weights get their gradient all the same.
+        codes: of the view of the weight, where they were found before.
 
     Returns:
         y `[..., out]`, in the dtype of x, or of autocast where that is on.
@@ -57,7 +59,7 @@ def fake_quantized_linear(
         return F.linear(x, _plain(w, qparams, format, granularity, clip).to(dtype), bias)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
     return _FakeQuantizedLinear.apply(
-        x, weight, bias, mask, granularity, (clip and format.saturates, dense_gradient), *grid
+        x, weight, bias, mask, codes, granularity, (clip and format.saturates, dense_gradient), *grid
     )
 
 
@@ -98,11 +100,12 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
+        codes: Tensor | None,
         granularity: Granularity,
         options: tuple[bool, bool],
         *grid: Any,
     ) -> Tensor:
-        w_hat, codes = ops.fake_quantize_to_keep(granularity.view(_masked(weight, mask)), x.dtype, *grid)
+        w_hat, codes = ops.fake_quantize_to_keep(granularity.view(_masked(weight, mask)), codes, x.dtype, *grid)
         *params, ctx.format = grid
         ctx.granularity, (ctx.clip, ctx.dense_gradient) = granularity, options
         ctx.save_for_backward(x, weight, mask, codes, *params)
@@ -112,7 +115,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, codes, *params = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, _, _, *need_params, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, _, _, _, *need_params, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
         view, grid = ctx.granularity.view, (*params, ctx.format)
@@ -129,7 +132,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
         if dweight is not None and not ctx.dense_gradient:
             dweight = _masked(dweight, mask)
-        return dx, dweight, dbias, None, None, None, *found[1:], None
+        return dx, dweight, dbias, None, None, None, None, *found[1:], None
 
 
 def _kept(weight: Tensor, mask: Tensor | None, dense_gradient: bool) -> Tensor:

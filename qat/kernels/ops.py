@@ -224,11 +224,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("qat::fake_quantize", _backward, setup_context=_save_for_backward)
 
 
-def fake_quantize_to_keep(x: Tensor, dtype: torch.dtype, *grid: Any) -> tuple[Tensor, Tensor | None]:
-    """x_hat of a view, good until the next call, and what the backward pass shall be given as `codes`."""
+def fake_quantize_to_keep(
+    x: Tensor, codes: Tensor | None, dtype: torch.dtype, *grid: Any
+) -> tuple[Tensor, Tensor | None]:
+    """x_hat of a view, good until the next call, and what the backward pass shall be given as `codes`.
+
+    `codes`: of x, where they are known.
+    """
     if x.is_cuda:
         return fake_quantize_view(x, dtype, *grid), None
-    codes = quantize_view(x, *grid)
+    codes = quantize_view(x, *grid) if codes is None else codes
     x_hat = scratch("weight", x.shape, dtype, x.device)
     dequantize_view_(codes, x_hat, *grid)
     return x_hat, codes

@@ -17,6 +17,7 @@ from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
 from qat.numerics.ste import straight_through
 from qat.quantizers.mask import Masked
 from qat.quantizers.observers import MinMaxObserver, Observer
+from qat.quantizers.step_codes import StepCodes
 
 _DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
 STORAGE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,6 +39,7 @@ class Quantizer(Masked, ABC):
             when they are parameters or buffers.
         initialized: whether `initialize` ran, or nothing needs it. A static quantizer refuses to work before.
         observer: set while calibrating; x then passes through unchanged and is only looked at.
+        codes: set while a weight's codes are kept from one forward pass to the next.
         stochastic: whether codes are drawn at random so that their expectation is x: for gradients.
         codebook_dtype: how codebooks are stored, where not as scales are.
         enabled: whether it quantizes in forward passes; `qat.transforms.plain` switches it off for a while.
@@ -63,6 +65,7 @@ class Quantizer(Masked, ABC):
         self.param_shape = self.granularity.param_shape(self.shape)
         self.initialized = True
         self.observer: Observer | None = None
+        self.codes: StepCodes | None = None
 
     @abstractmethod
     def qparams(self, x: Tensor) -> QParams:
@@ -83,6 +86,11 @@ class Quantizer(Masked, ABC):
         """What to gather from activations before `initialize_from`."""
         return MinMaxObserver()
 
+    def set_mask(self, mask: Tensor | None) -> None:
+        super().set_mask(mask)
+        if self.codes is not None:
+            self.codes.renew()
+
     @final
     @torch.no_grad()
     def initialize(self, x: Tensor, importance: Tensor | None = None) -> None:
@@ -102,6 +110,8 @@ class Quantizer(Masked, ABC):
         else:
             self.initialize_weighted(view(x), view(importance))
         self.initialized = True
+        if self.codes is not None:
+            self.codes.renew()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: same shape and dtype, differentiable to x and to every learned parameter."""
@@ -149,10 +159,16 @@ class Quantizer(Masked, ABC):
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
         if not self.enabled:
             return F.linear(x, self.masked(weight), bias)
-        qparams = self.ready_qparams(weight if self.mask is None else self.masked(weight.detach()))
-        return fake_quantized_linear(
-            x, weight, bias, qparams, self.format, self.granularity, self.clips, self.mask, self.dense_gradient
-        )
+        qparams, codes = self._of_weight(weight)
+        grid = qparams, self.format, self.granularity, self.clips
+        return fake_quantized_linear(x, weight, bias, *grid, self.mask, self.dense_gradient, codes)
+
+    def _of_weight(self, weight: Tensor) -> tuple[QParams, Tensor | None]:
+        """The qparams of `weight`, and its codes where those of the step are kept."""
+        detached = weight.detach() if self.mask is None else self.masked(weight.detach())
+        if self.codes is None or not (self.training and torch.is_grad_enabled()):
+            return self.ready_qparams(detached), None
+        return self.codes.of(detached, self.ready_qparams, self.rule is not None, self.format, self.granularity)
 
     @final
     @torch.no_grad()

@@ -15,6 +15,7 @@ from lightning_modules.causal_lm import CausalLMModule, first_non_finite, parame
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.report import Report, plot_training
 from qat.errors import InputError
+from qat.kernels import ops
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
@@ -212,3 +213,13 @@ def test_a_signal_during_the_last_step_stops_too(tmp_path):
     with pytest.raises(Stopped, match="step 4 on SIGTERM"):
         fit(tmp_path, module, Signal(), stop, last)
     assert torch.load(last.path, weights_only=True)["global_step"] == 4
+
+
+def test_codes_of_weights_are_found_once_a_step(tmp_path, monkeypatch):
+    calls, quantize = [], ops.quantize_view
+    monkeypatch.setattr(ops, "quantize_view", lambda *arguments: calls.append(1) or quantize(*arguments))
+    model = qat.prepare(tiny_llama(num_hidden_layers=1), qat.Scheme(weight=LSQ3))
+    module = CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3))
+    fit(tmp_path, module, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
+    assert len(calls) == 2 * 7
+    assert module.codes is None
