@@ -219,7 +219,7 @@ def test_codes_of_weights_are_found_once_a_step(tmp_path, monkeypatch):
     calls, quantize = [], ops.quantize_view
     monkeypatch.setattr(ops, "quantize_view", lambda *arguments: calls.append(1) or quantize(*arguments))
     model = qat.prepare(tiny_llama(num_hidden_layers=1), qat.Scheme(weight=LSQ3))
-    module = CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3))
+    module = CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3), loss="model")
     fit(tmp_path, module, max_steps=2, accumulate_grad_batches=2, limit_val_batches=0)
     assert len(calls) == 2 * 7
     assert module.codes is None
