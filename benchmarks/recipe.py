@@ -52,15 +52,19 @@ def tokenizer() -> Any:
 
 def fit(model: nn.Module, rate: float, train: Tensor, steps: int) -> nn.Module:
     """Train `model` with the peak learning rate `rate`; the windows and their order are the same for every model."""
-    torch.manual_seed(0)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)
-    training = _Training(model, rate)
-    for index in track(range(steps), description="training"):
-        training.step(index, steps, batches[index])
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+    losses(model, rate, train, steps)
     return model
+
+
+def losses(model: nn.Module, rate: float, train: Tensor, steps: int, seed: int = 0) -> Tensor:
+    """As `fit`, and the loss of every step; `seed` gives the windows another order."""
+    torch.manual_seed(seed)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)
+    training, found = _Training(model, rate), torch.empty(steps, device=device())
+    for index in track(range(steps), description="training"):
+        training.step(index, steps, batches[index], found[index])
+    return found.cpu()
 
 
 class _Training:
@@ -75,25 +79,28 @@ class _Training:
             # A tensor, which a graph reads anew in every replay.
             group |= {"lr": torch.tensor(group["lr"], device=device()), "capturable": self._on_gpu}
         self._run: Callable[[Tensor], None] = self._eager
+        self._loss = torch.zeros((), device=device())
         self._stream: AbstractContextManager[object] = nullcontext()
         if self._on_gpu:
             torch.cuda.synchronize()
             self._stream = torch.cuda.stream(torch.cuda.Stream())
 
-    def step(self, index: int, steps: int, batch: Tensor) -> None:
-        """Step `index` of `steps`."""
+    def step(self, index: int, steps: int, batch: Tensor, loss: Tensor) -> None:
+        """Step `index` of `steps`; writes into `loss`."""
         with self._stream:
             for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
                 group["lr"].fill_(peak * _rate(index, steps))
             if self._on_gpu and index == _EAGER_STEPS:
                 self._run = _graphed(self._eager, batch)
             self._run(batch)
+            loss.copy_(self._loss)
 
     def _eager(self, batch: Tensor) -> None:
         self._optimizer.zero_grad()
         with torch.autocast(batch.device.type, torch.bfloat16):
             loss = self._model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
+        self._loss.copy_(loss.detach())
         nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
 
