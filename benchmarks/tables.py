@@ -168,6 +168,52 @@ def ptq(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def fake_quantize(rows: Rows) -> str:
+    """The share of copying's speed that every kernel reaches, and how much longer the peer takes."""
+    lines = [
+        _line("grid", "scales", "pass", "matrix", "µs", "of copying", "torch.compile"),
+        _line(*["---"] * 4, *["--:"] * 3),
+    ]
+    for row in rows:
+        figures = f"{row['us']:.1f}", f"{row['copy_share']:.0%}", f"{row['peer_us'] / row['us']:.2f}x"
+        lines.append(_line(row["format"], row["granularity"], row["direction"], _times(row["shape"]), *figures))
+    return "\n".join(lines)
+
+
+def train_step(rows: Rows) -> str:
+    """Speed and memory of every arm beside bf16, eager and compiled."""
+    lines = [_line("", "model", "", "tokens/s", "of bf16", "peak GiB", "of bf16"), _line(*["---"] * 3, *["--:"] * 4)]
+    for row in rows:
+        how = "compiled" if row["compiled"] else "eager"
+        speed = f"{row['tokens_per_s']:,.0f}", f"{row['speed_ratio']:.2f}"
+        lines.append(
+            _line(row["arm"], row["model"], how, *speed, f"{row['peak_gib']:.1f}", f"{row['memory_ratio']:.2f}")
+        )
+    return "\n".join(lines)
+
+
+def loss_curve(rows: Rows) -> str:
+    """How far apart the losses of kernels and references are."""
+    lines = [_line("", "steps", "last loss", "largest difference", "mean", "another order"), _line("---", *["--:"] * 5)]
+    for row in rows:
+        figures = f"{row['last']:.3f}", f"{row['largest']:.1e}", f"{row['mean']:.1e}", f"{row['noise']:.1e}"
+        lines.append(_line(row["scheme"], row["steps"], *figures))
+    return "\n".join(lines)
+
+
+def loss(rows: Rows) -> str:
+    """Time and memory of the loss at the head."""
+    lines = [_line("head", "loss", "ms", "speed", "GiB", "memory"), _line("---", "---", *["--:"] * 4)]
+    for row in rows:
+        memory = f"{row['peak_gib']:.2f}", f"{row['memory_ratio']:.2f}"
+        lines.append(_line(row["model"], row["arm"], f"{row['ms']:.1f}", f"{row['speed_ratio']:.2f}", *memory))
+    return "\n".join(lines)
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
 # What a marker `<!-- table:NAME -->` shows: the result file and how.
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "default_job": ("default_job", default_job),
@@ -179,6 +225,10 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "kmeans_fit_cuda": ("kmeans_fit_cuda", kmeans_fit),
     "kmeans_fit_cpu": ("kmeans_fit_cpu", kmeans_fit),
     "kmeans_1b": ("kmeans_1b", kmeans_1b),
+    "fake_quantize": ("fake_quantize", fake_quantize),
+    "train_step": ("train_step", train_step),
+    "loss_curve": ("loss_curve", loss_curve),
+    "loss": ("loss", loss),
     "pruning": ("pruning", pruning),
     "ptq": ("ptq", ptq),
 }
