@@ -3,7 +3,7 @@
     round     consecutive integers, and an odd number of levels: the nearest one, ties to even
     floor     an even number of levels, which lie between the integers
     float     the bit patterns of small floating-point numbers
-    codebook  the number of boundaries below the value; a boundary lies halfway between two entries
+    codebook  the number of boundaries below the value; a boundary lies halfway between two ascending entries
 
 Each does what the `Format` of `qat.numerics.formats` does, to the bit. There is no inline PTX, so that everything runs
 in Triton's interpreter too.
@@ -25,7 +25,9 @@ KIND: tl.constexpr = tl.constexpr(0)  # as above
 LEAST: tl.constexpr = tl.constexpr(1)  # least code and greatest; of floats the greatest without its sign
 MOST: tl.constexpr = tl.constexpr(2)
 ZERO: tl.constexpr = tl.constexpr(3)  # round and floor: value of code 0
-ENTRIES: tl.constexpr = tl.constexpr(3)  # codebook
+ENTRIES: tl.constexpr = tl.constexpr(3)  # codebook: how many, the greatest power of two below, bits after two of code
+HALF: tl.constexpr = tl.constexpr(4)
+BITS_LEFT: tl.constexpr = tl.constexpr(5)
 MANTISSA: tl.constexpr = tl.constexpr(3)  # float: bits of the mantissa, and of the whole
 BITS: tl.constexpr = tl.constexpr(4)
 EXPONENT: tl.constexpr = tl.constexpr(5)  # float: that of the smallest normal number
@@ -33,8 +35,6 @@ UNBIAS: tl.constexpr = tl.constexpr(6)  # float: what makes a number of its bits
 
 # 1.5 * 2^23, from where on float32 holds integers only: adding it rounds what is less than 2^22, ties to even.
 _WHOLE: tl.constexpr = tl.constexpr(12582912.0)
-# Up to here boundaries are counted one by one; beyond, entries are searched by halving.
-_COUNTED: tl.constexpr = tl.constexpr(16)
 
 Constants = tuple[str | int | float, ...]
 
@@ -47,7 +47,7 @@ def grid_constants(format: Format) -> Constants | None:
         case VectorFormat():
             return None
         case CodebookFormat():
-            return "codebook", low, high, format.entries
+            return "codebook", low, high, format.entries, 1 << (format.bits - 1), max(0, format.bits - 2)
         case IntFormat():
             return "round", float(low), float(high), 0.0
         case LevelFormat():
@@ -62,7 +62,7 @@ def grid_constants(format: Format) -> Constants | None:
 def encode(v, table, GRID: tl.constexpr):
     """Codes of `v` `[ROWS, WIDTH]` float32, as float32 (round, floor) or int32; `table` points to `[ROWS, 1]` rows."""
     if GRID[KIND] == "codebook":
-        code = _entry(v, table, GRID)
+        code, _ = _entry(v, table, GRID)
     elif GRID[KIND] == "float":
         code = _pattern(v, GRID)
     else:
@@ -72,15 +72,9 @@ def encode(v, table, GRID: tl.constexpr):
 
 @triton.jit
 def nearest(v, table, GRID: tl.constexpr):
-    """Values of the grid nearest to `v`: what `decode` makes of its codes, with less work where tables are small."""
-    COUNT: tl.constexpr = GRID[ENTRIES]
-    if (GRID[KIND] == "codebook") and (COUNT <= _COUNTED):
-        below = tl.load(table)
-        value = tl.broadcast_to(below, v.shape)
-        for k in tl.static_range(1, COUNT):
-            above = tl.load(table + k)
-            value = tl.where(v > (below + above) / 2, above, value)
-            below = above
+    """Values of the grid nearest to `v`: what `decode` makes of its codes."""
+    if GRID[KIND] == "codebook":
+        _, value = _entry(v, table, GRID)
     else:
         value = decode(encode(v, table, GRID), table, GRID)
     return value
@@ -145,20 +139,45 @@ def _number(code, GRID: tl.constexpr):
 
 
 @triton.jit
+def _boundary(table, K: tl.constexpr, COUNT: tl.constexpr):
+    """Halfway between the entries before and at K, `[ROWS, 1]`; beyond the last, infinity."""
+    last: tl.constexpr = min(K, COUNT - 1)
+    middle = (tl.load(table + last - 1) + tl.load(table + last)) / 2
+    return middle if K < COUNT else tl.full(middle.shape, float("inf"), tl.float32)
+
+
+@triton.jit
 def _entry(v, table, GRID: tl.constexpr):
+    """The code of the entry nearest to `v`, and its value: a search by halving.
+
+    Each comparison settles a bit. The boundaries of the first two are the same for a whole row; the others are read
+    from where the codebook lies, one cache line for all of a warp, and the last of them has read the value.
+    """
     COUNT: tl.constexpr = GRID[ENTRIES]
-    code = tl.zeros_like(v).to(tl.int32)
-    if COUNT <= _COUNTED:
-        below = tl.load(table)
-        for k in tl.static_range(1, COUNT):
-            above = tl.load(table + k)
-            code = tl.where(v > (below + above) / 2, k, code)
-            below = above
+    HIGHEST: tl.constexpr = GRID[HALF]
+    upper = v > _boundary(table, HIGHEST, COUNT)
+    code = tl.where(upper, HIGHEST, 0)
+    if HIGHEST == 1:
+        value = tl.where(upper, tl.load(table + 1), tl.load(table))
     else:
-        for power in tl.static_range(7, -1, -1):
-            higher = code + (1 << power)
-            inside = higher < COUNT
-            at = tl.where(inside, higher, 1)
-            boundary = (tl.load(table + at - 1) + tl.load(table + at)) / 2
-            code = tl.where(inside & (v > boundary), higher, code)
-    return code
+        NEXT: tl.constexpr = HIGHEST // 2
+        boundary = tl.where(upper, _boundary(table, HIGHEST + NEXT, COUNT), _boundary(table, NEXT, COUNT))
+        passed = v > boundary
+        code = tl.where(passed, code + NEXT, code)
+        value = v
+        LEFT: tl.constexpr = GRID[BITS_LEFT]
+        for bit in tl.static_range(LEFT):
+            step = HIGHEST >> (bit + 2)
+            own = table + code
+            if COUNT == 2 * HIGHEST:
+                below = tl.load(own + (step - 1))
+                above = tl.load(own + step)
+            else:
+                below = tl.load(own + (step - 1), mask=code + (step - 1) < COUNT, other=float("inf"))
+                above = tl.load(own + step, mask=code + step < COUNT, other=float("inf"))
+            passed = v > (below + above) / 2
+            code = tl.where(passed, code + step, code)
+            value = tl.where(passed, above, below)
+        if HIGHEST == 2:
+            value = tl.load(table + code)
+    return code, value
