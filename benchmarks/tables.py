@@ -57,7 +57,8 @@ def cpu_step(rows: Rows) -> str:
     lines = [_line("", "seconds a step", "added time", "peak GiB", "added memory"), _line("---", *["--:"] * 4)]
     for row in rows:
         figures = (f"{row['seconds']:.2f}", f"{row['added_time']:+.0%}", f"{row['peak_gib']:.2f}")
-        lines.append(_line(row["arm"], *figures, f"{row['added_memory']:+.0%}"))
+        arm = row["arm"] + (", compiled" if row.get("backend", "eager") != "eager" else "")
+        lines.append(_line(arm, *figures, f"{row['added_memory']:+.0%}"))
     return "\n".join(lines)
 
 
