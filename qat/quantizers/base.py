@@ -155,6 +155,14 @@ class Quantizer(Masked, ABC):
         )
 
     @final
+    def codes(self, x: Tensor) -> tuple[Tensor, QParams]:
+        """Codes of `x`, shaped like it, and their qparams, differentiable to what is learned: to multiply codes."""
+        if self.rule is not None and self.follows_rule:
+            return ops.quantize_dynamic(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        qparams = self.ready_qparams(x)
+        return ops.quantize(x.detach(), qparams, self.format, self.granularity), qparams
+
+    @final
     @torch.no_grad()
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """Quantize `x` for storage: `self(x)` equals `self.quantize(x).dequantize()` to the bit.
