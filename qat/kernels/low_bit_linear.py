@@ -54,7 +54,7 @@ def low_bit_linear(
     weight: Tensor,
     bias: Tensor | None,
     quantized_x: tuple[Tensor, QParams],
-    weight_qparams: QParams,
+    quantized_weight: tuple[Tensor, QParams],
     how: LowBit,
     mask: Tensor | None = None,
     dense_gradient: bool = False,
@@ -77,17 +77,16 @@ def low_bit_linear(
         x: `[..., in]`.
         weight: `[out, in]`.
         bias: `[out]` or None.
-        quantized_x: codes of x, shaped like it, and their qparams.
-        weight_qparams: of `weight * mask`.
-        mask, dense_gradient: as for `fake_quantized_linear`.
+        quantized_x, quantized_weight: codes of x and of the weight, shaped like these, and their qparams.
+        mask, dense_gradient: as for `fake_quantized_linear`; the codes are those of the masked weight.
 
     Returns:
         y `[..., out]`, in the dtype of x, or of autocast where that is on.
     """
-    codes, qparams = quantized_x
-    scales = qparams.for_view().scale, weight_qparams.for_view().scale
+    (x_codes, x_qparams), (w_codes, w_qparams) = quantized_x, quantized_weight
+    scales, codes = (x_qparams.for_view().scale, w_qparams.for_view().scale), (x_codes, w_codes)
     bias = None if bias is None else bias.to(compute_dtype(x))
-    return _LowBitLinear.apply(x, weight, bias, *scales, codes, mask, how, compute_dtype(x), dense_gradient)
+    return _LowBitLinear.apply(x, weight, bias, *scales, *codes, mask, how, compute_dtype(x), dense_gradient)
 
 
 class _LowBitLinear(torch.autograd.Function):
@@ -100,13 +99,12 @@ class _LowBitLinear(torch.autograd.Function):
         x_scale: Tensor,
         w_scale: Tensor,
         x_codes: Tensor,
+        w_codes: Tensor,
         mask: Tensor | None,
         how: LowBit,
         dtype: torch.dtype,
         dense_gradient: bool,
     ) -> Tensor:
-        own = how.weight.granularity.view(masked(weight, mask))
-        w_codes = ops.quantize_view(own, w_scale, None, None, how.weight.format.name).view(weight.shape)
         x_codes = x_codes.reshape(-1, x.shape[-1])
         ctx.how, ctx.dtype, ctx.dense_gradient = how, x.dtype, dense_gradient
         kept = x if _clips(how.input) else None
@@ -132,7 +130,7 @@ class _LowBitLinear(torch.autograd.Function):
         if dweight is not None and not ctx.dense_gradient:
             dweight = masked(dweight, mask)
         dbias = g.sum(0) if need_bias else None
-        return dx, dweight, dbias, dx_scale, dw_scale, None, None, None, None, None
+        return dx, dweight, dbias, dx_scale, dw_scale, None, None, None, None, None, None
 
 
 def _clips(grid: Grid) -> bool:

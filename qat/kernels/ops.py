@@ -19,6 +19,7 @@ from qat.kernels.scaled_product import reference as plain_product
 from qat.kernels.scaled_product import tensor_cores
 from qat.kernels.scaled_product.operand import Operand
 from qat.kernels.siblings import once_for_siblings
+from qat.numerics import functional
 from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
 from qat.numerics.granularity import Granularity
@@ -329,14 +330,25 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
     return granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
 
 
-def quantize_dynamic(
+def codes_to_multiply(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
+    """As `quantize`; a compiler sees plain PyTorch and fuses it with what makes x, which then is written nowhere."""
+    if torch.compiler.is_compiling():
+        return functional.quantize(x.detach(), qparams, format, granularity).codes
+    return quantize(x.detach(), qparams, format, granularity)
+
+
+def dynamic_codes_to_multiply(
     x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
 ) -> tuple[Tensor, QParams]:
-    """Codes of `x` under the qparams that `rule` finds for it, and these; once for layers that stand side by side."""
+    """Codes of `x` under the scale that `rule` finds for it, and that; once for layers that stand side by side."""
 
     def computed() -> tuple[Tensor, QParams]:
-        qparams = dynamic_qparams(x, rule, format, granularity, scale_dtype)
-        return quantize(x.detach(), qparams, format, granularity), qparams
+        if torch.compiler.is_compiling():
+            found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
+            qparams = QParams(found.scale.reshape(granularity.param_shape(x.shape)))
+        else:
+            qparams = dynamic_qparams(x, rule, format, granularity, scale_dtype)
+        return codes_to_multiply(x, qparams, format, granularity), qparams
 
     return once_for_siblings(x, ("codes", rule, format.name, granularity, scale_dtype), computed)
 

@@ -58,7 +58,7 @@ class LowBitLinear(QuantLinear):
             self.weight,
             self.bias,
             self.input_quantizer.codes(input),
-            weight.ready_qparams(weight.masked(self.weight.detach())),
+            weight.codes(self.weight),
             self.how,
             weight.mask,
             weight.dense_gradient,

@@ -156,11 +156,12 @@ class Quantizer(Masked, ABC):
 
     @final
     def codes(self, x: Tensor) -> tuple[Tensor, QParams]:
-        """Codes of `x`, shaped like it, and their qparams, differentiable to what is learned: to multiply codes."""
+        """What a product of codes multiplies: those of `x`, and their qparams, differentiable to what is learned."""
+        x = self.masked(x)
         if self.rule is not None and self.follows_rule:
-            return ops.quantize_dynamic(x, self.rule, self.format, self.granularity, self.scale_dtype)
+            return ops.dynamic_codes_to_multiply(x, self.rule, self.format, self.granularity, self.scale_dtype)
         qparams = self.ready_qparams(x)
-        return ops.quantize(x.detach(), qparams, self.format, self.granularity), qparams
+        return ops.codes_to_multiply(x, qparams, self.format, self.granularity), qparams
 
     @final
     @torch.no_grad()
