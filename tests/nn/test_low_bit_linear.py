@@ -8,7 +8,9 @@ from torch import nn
 
 import qat
 from qat.errors import InputError
+from qat.kernels import ops
 from qat.kernels.ops import reference_kernels
+from qat.kernels.scaled_product import tensor_cores
 from qat.nn import LowBitLinear, PackedLinear, QuantLinear
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 from qat.transforms import quant_layers
@@ -148,6 +150,53 @@ def test_beside_the_forward_product_alone_gradients_are_quantized_as_without_it(
     g_hat = layer.grad_quantizer(g)
     assert torch.allclose(found["x"], g_hat @ layer.weight_quantizer(layer.weight), atol=1e-5)
     assert torch.equal(found["bias"], g_hat.sum(0))
+
+
+@pytest.fixture
+def strict_products(monkeypatch):
+    """torch's products with the demands that they have on a GPU, for fp8 too; counts the calls."""
+    calls = []
+
+    def demanding(product, types):
+        def multiply(a, b, *scales, **options):
+            assert (a.dtype, b.dtype) in types
+            assert a.stride() == (a.shape[1], 1)
+            assert b.stride() == (1, b.shape[0])
+            assert a.shape[1] % 16 == b.shape[1] % 16 == 0
+            assert a.shape[0] > 16 or product is not int_mm
+            if scales and scales[0].numel() > 1:
+                assert [tuple(s.shape) for s in scales] == [(a.shape[0], 1), (1, b.shape[1])]
+                assert all(s.dtype == torch.float32 and s.is_contiguous() for s in scales)
+                assert options["out_dtype"] == torch.bfloat16
+            calls.append(product)
+            return product(a, b, *scales, **options)
+
+        return multiply
+
+    int_mm, scaled_mm, e4m3 = torch._int_mm, torch._scaled_mm, torch.float8_e4m3fn
+    monkeypatch.setattr(torch, "_int_mm", demanding(int_mm, [(torch.int8, torch.int8)]))
+    monkeypatch.setattr(torch, "_scaled_mm", demanding(scaled_mm, [(e4m3, e4m3), (torch.float8_e5m2, e4m3)]))
+    monkeypatch.setattr(ops, "plain_product", tensor_cores)
+    return calls
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("sizes", [(48, 32, 64), (7, 20, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_product_is_one_that_a_gpu_takes(name, sizes, dtype, strict_products):
+    """Row-major by column-major, sizes in multiples of 16, whatever the layer, the tokens and the layout of dy are."""
+    tokens, size_in, size_out = sizes
+    layer = layer_of(BACKWARD[name], size_in, size_out).to(dtype)
+    x, g = torch.randn(tokens, size_in, dtype=dtype), torch.randn(size_out, tokens, dtype=dtype).T
+    strict_products.clear()
+    y, found = gradients(layer, x, g)
+    assert len(strict_products) == 3
+    layer.grad_quantizer.enabled = False
+    expected_y, expected = gradients(layer.eval(), x, g)
+    rounding = 0.15 if "fp8" in name else 0.02
+    assert (y - expected_y).norm() < 0.01 * expected_y.norm()
+    for key in ("x", "weight"):
+        assert (found[key] - expected[key]).norm() < rounding * expected[key].norm()
 
 
 def bytes_kept(layers, x):

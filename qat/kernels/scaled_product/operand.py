@@ -26,10 +26,10 @@ class Operand(NamedTuple):
         return isinstance(self.format, FloatFormat)
 
     def native(self) -> Tensor:
-        """The codes in the dtype that multiplies them: int8, or one of torch's 8-bit floats."""
+        """The codes, row-major, in the dtype that multiplies them: int8, or one of torch's 8-bit floats."""
         dtype = self.format.native if isinstance(self.format, FloatFormat) else torch.int8
         assert dtype is not None
-        return self.codes.view(dtype)
+        return self.codes.contiguous().view(dtype)
 
     def padded(self, rows: int, k: int) -> "Operand":
         """Zeros added until both sizes are multiples of `rows` and `k`; itself where they are."""

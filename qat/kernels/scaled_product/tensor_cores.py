@@ -39,7 +39,7 @@ def _integers(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
             f"int8 products sum at most {_MOST} terms, not {a.codes.shape[1]}: take smaller batches with more "
             "trainer.accumulate_grad_batches, or leave wgrad out of scheme.products."
         )
-    return scaled(torch._int_mm(a.codes, b.codes.T), a, b, dtype)
+    return scaled(torch._int_mm(a.native(), b.native().T), a, b, dtype)
 
 
 def _floats(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
