@@ -141,7 +141,7 @@ def _dgrad(g: Tensor, w_codes: Tensor, w_scale: Tensor, how: LowBit) -> Tensor:
     """dx_hat `[tokens, in]`."""
     if how.grad is None or "dgrad" not in how.products:
         return g @ _values(w_codes, w_scale, how.weight, g.dtype)
-    gradient = _quantized(g * w_scale.reshape(1, -1), how.grad)
+    gradient = _quantized(g.to(torch.float32) * w_scale.reshape(1, -1), how.grad)
     return ops.scaled_product(gradient, Operand(w_codes.T, None, how.weight.format), g.dtype)
 
 
@@ -149,7 +149,7 @@ def _wgrad(g: Tensor, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
     """dW_hat `[out, in]`."""
     if how.grad is None or "wgrad" not in how.products:
         return g.T @ _values(x_codes, x_scale, how.input, g.dtype)
-    gradient = _quantized((g * x_scale).T, how.grad)
+    gradient = _quantized((g.to(torch.float32) * x_scale).T, how.grad)
     return ops.scaled_product(gradient, Operand(x_codes.T, None, how.input.format), g.dtype)
 
 
