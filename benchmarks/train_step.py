@@ -1,15 +1,19 @@
 """What quantization-aware training costs on a GPU: tokens a second and peak memory of a full fine-tune.
 
     python -m benchmarks.train_step          needs a GPU of 40 GiB; writes results/train_step.json; resumes
+    python -m benchmarks.train_step --shapes 1b 8b4
     python -m benchmarks.train_step --tiny   the same code on a model of toy size, on any machine; writes nothing
 
-The model is a Llama of one billion parameters (hidden 2048, 16 layers, 128 256 tokens, tied embeddings) with random
-weights in bf16, trained at 4 x 2048 tokens a step by torch's fused AdamW. All arms of a kind share everything but the
+The model `1b` is a Llama of one billion parameters (hidden 2048, 16 layers, 128 256 tokens, tied embeddings), `8b4`
+four layers of eight billion (hidden 4096, untied), with random weights in bf16, trained at 4 x 2048 tokens a step by
+torch's fused AdamW. All arms of a kind share everything but the
 quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `ours-w4a8` and `torchao-w4a8` have
 4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the extremes (torchao's
 activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
-every weight. Each arm is a process of its own; its first loss is compared with that of the references.
+every weight. `ours-w8a8` has 8 bits and a scale for every row and token, fake-quantized; `-int8` and `-fp8` multiply
+their codes in the forward pass, and `ours-w8a8g8-...` in all three products, with gradients rounded at random. Each arm
+is a process of its own; its first loss is compared with that of the references.
 `quantize_share` is what the kernels of fake quantization take of the time that a step keeps the GPU busy.
 """
 
@@ -38,12 +42,27 @@ from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 
 REFERENCE = "bf16"
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
+RANDOM8 = partial(TOKEN8, rounding="stochastic", scale_dtype="float32")
+INT8 = {"weight": partial(MinMaxQuantizer, bits=8, granularity="per_channel"), "input": TOKEN8}
+FP8 = {
+    "weight": partial(MinMaxQuantizer, format="fp8_e4m3", granularity="per_channel", scale_dtype="float32"),
+    "input": partial(MinMaxQuantizer, format="fp8_e4m3", granularity="per_token", scale_dtype="float32"),
+}
+ALL = ("forward", "dgrad", "wgrad")
 SCHEMES = {
     "ours-w4a8": qat.Scheme(weight=partial(MinMaxQuantizer, bits=4, granularity="per_group_32"), input=TOKEN8),
     "ours-w4a8-lsq": qat.Scheme(weight=partial(LSQQuantizer, bits=4, granularity="per_group_64"), input=TOKEN8),
     "ours-kmeans4-row": qat.Scheme(weight=partial(KMeansQuantizer, bits=4)),
+    "ours-w8a8": qat.Scheme(**INT8),
+    "ours-w8a8-int8": qat.Scheme(**INT8, compute="int8"),
+    "ours-w8a8-fp8": qat.Scheme(**FP8, compute="fp8"),
+    "ours-w8a8g8-int8": qat.Scheme(**INT8, grad=RANDOM8, compute="int8", products=ALL),
+    "ours-w8a8g8-fp8": qat.Scheme(**FP8, grad=partial(RANDOM8, format="fp8_e5m2"), compute="fp8", products=ALL),
 }
 ARMS = (REFERENCE, *SCHEMES, "torchao-w4a8")
+EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 128256}
+EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+SHAPES = {"1b": LARGE, "8b4": EIGHT, "toy": TINY}
 _WARM_UP = 4
 
 
@@ -52,26 +71,30 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="toy size, on any machine")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of an arm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--shapes", nargs="+", choices=("1b", "8b4"), default=["1b"], help="models to train")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "BACKEND"), help="measure in this process, print as JSON")
+    one = ("ARM", "BACKEND", "SHAPE")
+    parser.add_argument("--one", nargs=3, metavar=one, help="measure in this process, print as JSON")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options.tiny, options.steps)))
+        print(json.dumps(measure(*options.one, options.steps)))
         return
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
     backends = ("eager", "aot_eager") if options.tiny else ("eager", "inductor")
-    rows = [row for backend in backends for row in compare(backend, options)]
+    shapes = ["toy"] if options.tiny else options.shapes
+    rows = [row for shape in shapes for backend in backends for row in compare(backend, shape, options)]
     if not options.tiny:
-        record("train_step", f"python -m benchmarks.train_step --steps {options.steps}", rows, ("torchao", "triton"))
+        command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
+        record("train_step", command, rows, ("torchao", "triton"))
 
 
-def compare(backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each arm, relative to bf16."""
-    found = {arm: kept(arm, backend, options) for arm in options.arms}
+    found = {arm: kept(arm, backend, shape, options) for arm in options.arms}
     compiled, reference = backend != "eager", found[REFERENCE]
     rows = [
-        {"arm": arm, "model": "toy" if options.tiny else "1b", "compiled": compiled, "reference": REFERENCE}
+        {"arm": arm, "model": shape, "compiled": compiled, "reference": REFERENCE}
         | measured
         | {
             "speed_ratio": measured["tokens_per_s"] / reference["tokens_per_s"],
@@ -83,23 +106,25 @@ def compare(backend: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def kept(arm: str, backend: str, options: argparse.Namespace) -> dict[str, float]:
+def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dict[str, float]:
     """What a fresh process measures of `arm`, so that peak memory is its own."""
-    path = options.work / f"{arm}-{backend}{'-tiny' * options.tiny}.json"
+    path = options.work / f"{arm}-{backend}-{shape}.json"
     if not path.is_file():
-        command = [sys.executable, "-m", "benchmarks.train_step", "--one", arm, backend, "--steps", str(options.steps)]
-        output = subprocess.run(command + ["--tiny"] * options.tiny, check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.train_step", "--one", arm, backend, shape]
+        command += ["--steps", str(options.steps)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         with replaced_file(path) as temporary:
             temporary.write_text(output.stdout.splitlines()[-1])
     measured: dict[str, float] = json.loads(path.read_text())
     return measured
 
 
-def measure(arm: str, backend: str, tiny: bool, steps: int) -> dict[str, float]:
+def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
     """Tokens a second and peak memory."""
+    tiny = shape == "toy"
     device = torch.device("cpu" if tiny else "cuda")
     torch.manual_seed(0)
-    config = LlamaConfig(**(TINY if tiny else LARGE), tie_word_embeddings=True, max_position_embeddings=2048)
+    config = LlamaConfig(**({"tie_word_embeddings": True} | SHAPES[shape]), max_position_embeddings=2048)
     with device:
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     quantize(model, arm)

@@ -24,10 +24,10 @@ _WHOLE = (
 # Of these, what is nothing of its own inside them.
 _REST = (
     (
-        re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?grouped_mm|_scaled_mm|matmul|linear|einsum|convolution)\b"),
+        re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_?grouped_mm|_scaled_mm|_int_mm|matmul|linear|einsum|convolution)\b"),
         MATRIX_PRODUCTS,
     ),
-    (re.compile(r"FakeQuantiz|StraightThrough|QuantizeGrad"), FAKE_QUANTIZATION),
+    (re.compile(r"FakeQuantiz|StraightThrough|QuantizeGrad|LowBitLinear"), FAKE_QUANTIZATION),
     (re.compile(r"cross_?entropy|log_softmax|nll_loss|LogSoftmax|NllLoss|logsumexp", re.IGNORECASE), LOSS),
 )
 _BACKWARD_NODE = "autograd::engine::evaluate_function"

@@ -15,9 +15,6 @@ from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
 
 _MORE_BACKENDS = ("aot_eager", "eager")  # they trace and compile nothing: to find out what does not trace
-# Inductor keeps in float32 what is rounded to bfloat16 and back: scales would train on another grid than the one that
-# ships.
-_OPTIONS: dict[str, dict[str, Any]] = {"inductor": {"emulate_precision_casts": True}}
 _ROOM = 8  # graphs of one block: training, evaluation, each with another batch size
 
 
@@ -50,7 +47,7 @@ class CompiledBlocks:
         config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, options=_OPTIONS.get(backend))
+            block.compile(backend=backend, fullgraph=True, options=_options(backend))
 
     def undo(self) -> None:
         """Let the blocks run as they did before."""
@@ -82,3 +79,15 @@ class CompiledBlocks:
         return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules) or any(
             0 < quantizer.strength < 1 for quantizer in self._quantizers
         )
+
+
+def _options(backend: str) -> dict[str, Any] | None:
+    """Inductor keeps in float32 what is rounded to bfloat16 and back, and on a GPU divides by less than full precision.
+
+    Scales and codes would then train on another grid than the one that ships.
+    """
+    if backend != "inductor":
+        return None
+    # The option has moved between versions of torch.
+    division = [name for name in torch._inductor.list_options() if name.endswith("division_rounding")]
+    return dict.fromkeys(["emulate_precision_casts", *division], True)

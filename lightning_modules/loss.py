@@ -14,7 +14,7 @@ from lightning_modules.data.windows import IGNORED
 from qat.errors import InputError, nearest
 from qat.kernels.cross_entropy import linear_cross_entropy
 from qat.kernels.linear import compute_dtype
-from qat.nn import QuantLinear
+from qat.nn import LowBitLinear, QuantLinear
 from qat.quantizers import NoQuantizer
 from qat.transforms.layers import output_head
 
@@ -59,6 +59,8 @@ class HeadLoss:
             raise InputError(
                 f"module.loss={kind} does not see the logits that the scheme quantizes, or their gradient. {_MEND}"
             )
+        if isinstance(head, LowBitLinear):
+            raise InputError(f"module.loss={kind} does not multiply codes, as the scheme says for the head. {_MEND}")
         self._head = head
         self._sum = _sum_of(kind, head, next(model.parameters()).device)
         self._shape = self._proven_shape()

@@ -26,6 +26,7 @@ from qat.atomic import replaced_folder
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
+from qat.nn import LowBitLinear
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
 from qat.transforms import Scheme, is_quantized, quant_layers, quantizes_weights, restructure, uncalibrated
@@ -37,6 +38,7 @@ SAVED = "saved, loaded"
 # Transforms that choose a grid, on which weights are then rounded to nearest.
 _ONLY_FIT = ("calibrate", "fisher", "hessian")
 _MIB = 2**20
+_FP8_CAPABILITY = (8, 9)
 
 
 class Job:
@@ -205,6 +207,8 @@ class Job:
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        if _emulates_fp8(self.model, self.trainer.strategy.root_device):
+            self._say("compute=fp8: a CPU multiplies these codes in float32: the same values, and no time saved")
         transforms = instantiate(self.cfg.transforms).values()
         if not fresh:
             restructure(self.model, transforms)
@@ -255,6 +259,20 @@ class Job:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
         if metrics.is_file() and plot_training(metrics, picture, self.report.title):
             self._say(f"picture: {picture}")
+
+
+def _emulates_fp8(model: nn.Module, device: torch.device) -> bool:
+    """Whether `model` has products of fp8 codes and `device` no instructions for them.
+
+    Raises:
+        InputError: if it is a GPU that has none.
+    """
+    if not any(isinstance(layer, LowBitLinear) and layer.compute == "fp8" for layer in model.modules()):
+        return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"{name} has no fp8 instructions: set scheme=w8a8g8 (int8), or scheme.compute=fake.")
+    return device.type == "cpu"
 
 
 def _bytes(model: nn.Module) -> int:

@@ -11,20 +11,23 @@ from omegaconf import OmegaConf
 import qat
 from lightning_modules.callbacks import LastCheckpoint
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.compilation import CompiledBlocks, _options
 from lightning_modules.loss import HeadLoss
 from qat.export.parity import check_logits
 from qat.kernels.codebook_means import reference
 from qat.kernels.linear import fake_quantized_linear
+from qat.kernels.scaled_product import tensor_cores
 from qat.numerics.functional import fake_quantize
 from qat.numerics.metrics import sqnr
 from qat.quantizers import MinMaxQuantizer
 from tests.conftest import tiny_llama
 from tests.kernels.test_codebook_means import stepped
+from tests.kernels.test_scaled_product import PAIRS, exact, operand
 from tests.lightning_modules.test_cli import shell  # noqa: F401
 from tests.lightning_modules.test_module import fit
 from tests.nn.kv_models import in_parts, quantized, whole
 from tests.nn.kv_models import tokens as kv_tokens
+from tests.nn.test_low_bit_linear import BACKWARD, gradients, layer_of
 from tests.quantizers.test_contract import quantizers
 from tests.test_configs import composed
 from tests.transforms.test_prepare import SCHEMES, tokens
@@ -162,3 +165,41 @@ def test_gradients_are_rounded_without_bias_on_the_gpu():
     x = torch.randn(32, 64, device="cuda")
     mean = torch.stack([quantizer(x) for _ in range(500)]).mean(0)
     assert sqnr(x, mean) > sqnr(x, quantizer(x)) + 20
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 7, 33), (17, 40, 24), (256, 512, 384)], ids=str)
+@pytest.mark.parametrize("scales", [("rows", "rows"), ("one", None)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensor_cores_multiply_codes_as_the_definition_does(names, sizes, scales, dtype):
+    operands = [operand(rows, sizes[2], name, own) for rows, name, own in zip(sizes, names, scales, strict=False)]
+    a, b = (o._replace(codes=o.codes.cuda(), scale=None if o.scale is None else o.scale.cuda()) for o in operands)
+    y, expected = tensor_cores.scaled_product(a, b, dtype).double().cpu(), exact(*operands)
+    # Tensor cores add 8-bit floats with fewer digits than float32 has.
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-5 if names[0] == "int8" else 1e-3
+    assert (y - expected).norm() <= rounding * expected.norm()
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "inductor"])
+def test_products_of_codes_compute_on_the_gpu_what_fake_quantization_does(name, dtype, compile):
+    torch._dynamo.reset()
+    layer = layer_of(BACKWARD[name], 256, 128).cuda().to(dtype)
+    x, g = torch.randn(3, 50, 256, device="cuda", dtype=dtype), torch.randn(3, 50, 128, device="cuda", dtype=dtype)
+    layer.grad_quantizer.enabled = False
+    expected_y, expected = gradients(layer.eval(), x, g)
+    layer.train()
+    if compile:
+        layer.compile(fullgraph=True, options=_options("inductor"))
+    y, found = gradients(layer, x, g)
+    assert (y - expected_y).norm() < 0.01 * expected_y.norm()
+    for key in ("x", "weight"):
+        assert (found[key] - expected[key]).norm() < (0.15 if "fp8" in name else 0.02) * expected[key].norm()
+
+
+@pytest.mark.parametrize("name", ["w8a8g8", "fp8"])
+def test_a_compiled_run_with_products_of_codes_on_the_gpu(shell, name):  # noqa: F811
+    shell.options = [option for option in shell.options if not option.startswith("scheme")]
+    compiled = ("module.compile=inductor", "trainer.precision=bf16-mixed", "trainer.accelerator=gpu")
+    shell.run("debug=fast", f"scheme={name}", *compiled)

@@ -27,7 +27,7 @@ def commands():
 
 def overrides(command):
     words = shlex.split(command)[2:]
-    return [word.partition(",")[0] for word in words if not word.startswith("-")]
+    return [word if "=[" in word else word.partition(",")[0] for word in words if not word.startswith("-")]
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))

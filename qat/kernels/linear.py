@@ -105,7 +105,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         options: tuple[bool, bool],
         *grid: Any,
     ) -> Tensor:
-        w_hat, codes = ops.fake_quantize_to_keep(granularity.view(_masked(weight, mask)), codes, x.dtype, *grid)
+        w_hat, codes = ops.fake_quantize_to_keep(granularity.view(masked(weight, mask)), codes, x.dtype, *grid)
         *params, ctx.format = grid
         ctx.granularity, (ctx.clip, ctx.dense_gradient) = granularity, options
         ctx.save_for_backward(x, weight, mask, codes, *params)
@@ -119,7 +119,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(0) if need_bias else None
         view, grid = ctx.granularity.view, (*params, ctx.format)
-        own = view(_masked(weight, mask))
+        own = view(masked(weight, mask))
         w_hat = scratch("weight", own.shape, dy.dtype, own.device) if need_x else None
         found: tuple[Tensor | None, ...] = (None,) * 4
         if need_weight or any(need_params):
@@ -131,17 +131,17 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         dx = None if w_hat is None else dy @ ctx.granularity.unview(w_hat, weight.shape)
         dweight = None if found[0] is None else ctx.granularity.unview(found[0], weight.shape)
         if dweight is not None and not ctx.dense_gradient:
-            dweight = _masked(dweight, mask)
+            dweight = masked(dweight, mask)
         return dx, dweight, dbias, None, None, None, None, *found[1:], None
 
 
 def _kept(weight: Tensor, mask: Tensor | None, dense_gradient: bool) -> Tensor:
     """`weight`, zero where it is pruned, differentiable."""
-    kept = _masked(weight, mask)
+    kept = masked(weight, mask)
     return straight_through(weight, kept.detach()) if mask is not None and dense_gradient else kept
 
 
-def _masked(weight: Tensor, mask: Tensor | None) -> Tensor:
+def masked(weight: Tensor, mask: Tensor | None) -> Tensor:
     """`weight`, zero where it is pruned."""
     if mask is None:
         return weight

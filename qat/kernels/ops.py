@@ -15,7 +15,11 @@ from torch import Tensor
 from qat.errors import InputError
 from qat.kernels.codebook_means import reference as codebook_means
 from qat.kernels.fake_quantize import reference
+from qat.kernels.scaled_product import reference as plain_product
+from qat.kernels.scaled_product import tensor_cores
+from qat.kernels.scaled_product.operand import Operand
 from qat.kernels.siblings import once_for_siblings
+from qat.numerics import functional
 from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
 from qat.numerics.granularity import Granularity
@@ -331,6 +335,29 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
     return granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
 
 
+def codes_to_multiply(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
+    """As `quantize`; a compiler sees plain PyTorch and fuses it with what makes x, which then is written nowhere."""
+    if torch.compiler.is_compiling():
+        return functional.quantize(x.detach(), qparams, format, granularity).codes
+    return quantize(x.detach(), qparams, format, granularity)
+
+
+def dynamic_codes_to_multiply(
+    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
+) -> tuple[Tensor, QParams]:
+    """Codes of `x` under the scale that `rule` finds for it, and that; once for layers that stand side by side."""
+
+    def computed() -> tuple[Tensor, QParams]:
+        if torch.compiler.is_compiling():
+            found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
+            qparams = QParams(found.scale.reshape(granularity.param_shape(x.shape)))
+        else:
+            qparams = dynamic_qparams(x, rule, format, granularity, scale_dtype)
+        return codes_to_multiply(x, qparams, format, granularity), qparams
+
+    return once_for_siblings(x, ("codes", rule, format.name, granularity, scale_dtype), computed)
+
+
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:
     """Values of `codes`, shaped like the tensor that was quantized."""
     view = granularity.of_codes(format.block).view(codes)
@@ -349,3 +376,12 @@ def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor |
         importance: weights of x, shaped like it; None weighs evenly.
     """
     _lloyd_step_(x, scale, codebook, importance)
+
+
+def scaled_product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
+    """y = (decode(a) @ decode(b)^T) * s_a * s_b^T, `[rows of a, rows of b]` in `dtype`.
+
+    No operator of its own: a compiler sees through it, and fuses the scales.
+    """
+    plain = _references_only or (a.is_float and not a.codes.is_cuda)
+    return (plain_product if plain else tensor_cores).scaled_product(a, b, dtype)

@@ -7,15 +7,16 @@ the same tensor, as they do without quantization.
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 _latest = threading.local()
 
 
-def once_for_siblings(x: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+def once_for_siblings(x: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
     """`compute()`, or its result for the very same `x`, unchanged since, and `key`, if that was the latest call.
 
     The result lives as long as x does, or until another tensor comes. A compiler finds equal calls by itself.
@@ -27,7 +28,7 @@ def once_for_siblings(x: Tensor, key: Hashable, compute: Callable[[], Tensor]) -
         return compute()
     slot: tuple[Any, ...] | None = getattr(_latest, "slot", None)
     if slot is not None and slot[0]() is x and slot[1:3] == (x._version, key):
-        result: Tensor = slot[3]
+        result: T = slot[3]
         return result
     found = compute()
     _latest.slot = (weakref.ref(x, _forget), x._version, key, found)

@@ -9,12 +9,14 @@ from qat.nn.embedding import PackedEmbedding, QuantEmbedding
 from qat.nn.experts import PackedExperts, QuantExperts, is_experts
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
 from qat.nn.linear import PackedLinear, QuantLinear
+from qat.nn.low_bit_linear import LowBitLinear
 from qat.nn.packed import PackedTensor
 from qat.nn.quantize_grad import quantize_grad
 
 __all__ = [
     "PACKED_LAYERS",
     "LayerQuantizers",
+    "LowBitLinear",
     "PackedConv1d",
     "PackedConv2d",
     "PackedCustomEmbedding",

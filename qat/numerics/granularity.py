@@ -110,7 +110,7 @@ class PerToken(Granularity):
         return (*shape[:-1], 1)
 
     def view(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def unview(self, grouped: Tensor, shape: Shape) -> Tensor:
         return grouped.reshape(tuple(shape))

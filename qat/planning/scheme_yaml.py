@@ -12,7 +12,7 @@ from qat.atomic import replaced_file
 from qat.errors import InputError
 from qat.planning.plan import Plan
 
-_ROLES = ("input", "output", "grad")
+_SHARED = ("input", "output", "grad", "compute", "products")
 _TEMPLATE = """\
 # python train.py --config-dir {folder} scheme={name}    {description}
 defaults:
@@ -29,6 +29,8 @@ _convert_: all
 head: false
 embedding: false
 exclude: []
+compute: fake
+products: [forward]
 rules:
 {rules}
 """
@@ -38,8 +40,8 @@ def write_scheme(plan: Plan, folder: str | Path, name: str) -> Path:
     """Write `folder/scheme/name.yaml`, for `python train.py --config-dir folder scheme=name`.
 
     A rule for each candidate that was chosen, with the patterns of its layers; layers that were not planned match none
-    and stay in full precision. Activations and gradients follow scheme.input, .output and .grad, which can be chosen as
-    in any scheme.
+    and stay in full precision. Activations, gradients and products follow scheme.input, .output, .grad, .compute and
+    .products, which can be chosen as in any scheme.
 
     Returns:
         The path of the yaml.
@@ -59,7 +61,7 @@ def write_scheme(plan: Plan, folder: str | Path, name: str) -> Path:
         quantizers.append(f"  - /quantizer@rules.{candidate}.weight: {option}")
         if plan.candidates[candidate].quantizes:
             rule |= {"weight": dict(plan.candidates[candidate].options)}
-            rule |= {role: f"${{scheme.{role}}}" for role in _ROLES}
+            rule |= {option: f"${{scheme.{option}}}" for option in _SHARED}
         rules.append(_rule(candidate, rule))
     text = _TEMPLATE.format(
         folder=folder, name=name, description=_description(plan), quantizers="\n".join(quantizers), rules="".join(rules)

@@ -39,7 +39,7 @@ class Quantizer(Masked, ABC):
             when they are parameters or buffers.
         initialized: whether `initialize` ran, or nothing needs it. A static quantizer refuses to work before.
         observer: set while calibrating; x then passes through unchanged and is only looked at.
-        codes: set while a weight's codes are kept from one forward pass to the next.
+        step_codes: set while a weight's codes are kept from one forward pass to the next.
         stochastic: whether codes are drawn at random so that their expectation is x: for gradients.
         codebook_dtype: how codebooks are stored, where not as scales are.
         enabled: whether it quantizes in forward passes; `qat.transforms.plain` switches it off for a while.
@@ -65,7 +65,7 @@ class Quantizer(Masked, ABC):
         self.param_shape = self.granularity.param_shape(self.shape)
         self.initialized = True
         self.observer: Observer | None = None
-        self.codes: StepCodes | None = None
+        self.step_codes: StepCodes | None = None
 
     @abstractmethod
     def qparams(self, x: Tensor) -> QParams:
@@ -88,8 +88,8 @@ class Quantizer(Masked, ABC):
 
     def set_mask(self, mask: Tensor | None) -> None:
         super().set_mask(mask)
-        if self.codes is not None:
-            self.codes.renew()
+        if self.step_codes is not None:
+            self.step_codes.renew()
 
     @final
     @torch.no_grad()
@@ -110,8 +110,8 @@ class Quantizer(Masked, ABC):
         else:
             self.initialize_weighted(view(x), view(importance))
         self.initialized = True
-        if self.codes is not None:
-            self.codes.renew()
+        if self.step_codes is not None:
+            self.step_codes.renew()
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize `x`: same shape and dtype, differentiable to x and to every learned parameter."""
@@ -166,9 +166,18 @@ class Quantizer(Masked, ABC):
     def _of_weight(self, weight: Tensor) -> tuple[QParams, Tensor | None]:
         """The qparams of `weight`, and its codes where those of the step are kept."""
         detached = weight.detach() if self.mask is None else self.masked(weight.detach())
-        if self.codes is None or not (self.training and torch.is_grad_enabled()):
+        if self.step_codes is None or not (self.training and torch.is_grad_enabled()):
             return self.ready_qparams(detached), None
-        return self.codes.of(detached, self.ready_qparams, self.rule is not None, self.format, self.granularity)
+        return self.step_codes.of(detached, self.ready_qparams, self.rule is not None, self.format, self.granularity)
+
+    @final
+    def codes(self, x: Tensor) -> tuple[Tensor, QParams]:
+        """What a product of codes multiplies: those of `x`, and their qparams, differentiable to what is learned."""
+        x = self.masked(x)
+        if self.rule is not None and self.follows_rule:
+            return ops.dynamic_codes_to_multiply(x, self.rule, self.format, self.granularity, self.scale_dtype)
+        qparams = self.ready_qparams(x)
+        return ops.codes_to_multiply(x, qparams, self.format, self.granularity), qparams
 
     @final
     @torch.no_grad()

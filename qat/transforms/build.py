@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.errors import InputError
-from qat.nn import LayerQuantizers, QuantLayer
+from qat.nn import LayerQuantizers, LowBitLinear, QuantLayer, QuantLinear
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.roles import check_activation, check_gradient, check_weight
 from qat.transforms.rules import QuantizerFactory, Rule, given
@@ -24,12 +24,12 @@ def suited(name: str, takes_activations: bool, rule: Rule, explicit: bool) -> Ru
         InputError: if an `explicit` rule gives it one, or activations would be quantized without a weight.
     """
     if not takes_activations:
-        if explicit and (given(rule.input) or given(rule.grad)):
+        if explicit and (given(rule.input) or given(rule.grad) or rule.compute != "fake"):
             raise InputError(
                 f"{name} is an embedding: its input holds indices and it multiplies nothing, so it takes no input and "
-                "no grad quantizer. Leave them out of its rule, or match it by a rule of its own."
+                "no grad quantizer, and no compute. Leave them out of its rule, or match it by a rule of its own."
             )
-        rule = replace(rule, input=NoQuantizer, grad=NoQuantizer)
+        rule = replace(rule, input=NoQuantizer, grad=NoQuantizer, compute="fake", products=("forward",))
     if rule.quantizes_activations and not rule.packs:
         raise InputError(f"{name} would get activation quantizers but no weight quantizer: give its rule a weight.")
     return rule
@@ -57,7 +57,18 @@ def quant_layer(
     for quantizer in quantizers[1:]:
         quantizer.to(parameter.device)
     with found_at(name):
+        return _layer(module, kind, quantizers, rule)
+
+
+def _layer(module: Any, kind: type[QuantLayer], quantizers: LayerQuantizers, rule: Rule) -> QuantLayer:
+    if rule.compute == "fake":
         return kind(module, quantizers)
+    if kind is not QuantLinear:
+        raise InputError(
+            f"compute={rule.compute} is for nn.Linear, not {type(module).__name__}: give it a rule of its own with "
+            "compute=fake, or exclude it."
+        )
+    return LowBitLinear(module, quantizers, rule.compute, rule.products)
 
 
 def _weight_quantizer(

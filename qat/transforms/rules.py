@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from qat.errors import InputError, nearest
+from qat.kernels.low_bit_linear import PRODUCTS
 from qat.quantizers import NoQuantizer
+
+COMPUTE = ("fake", "int8", "fp8")
 
 # Called with the shape of what it will quantize; a Hydra `_partial_` is one. None and NoQuantizer leave full precision.
 QuantizerFactory = Callable[..., nn.Module] | None
@@ -53,6 +56,12 @@ class Rule:
         input, output: quantizers for activations, or None. A dynamic scale that is `per_tensor` spans the tokens of a
             call, which are many in training and one when generating with a cache; `per_token` serves both alike.
         grad: a dynamic quantizer for the gradient of the layer's output, on its way back into the layer.
+        compute: how linear layers multiply while they train: `fake`, in the dtype of activations, what codes stand for;
+            `int8` or `fp8`, the codes themselves.
+        products: which of forward, dgrad and wgrad multiply codes; the last two need `grad`.
+
+    Raises:
+        InputError: if there is no such `compute` or no such product.
     """
 
     match: str | Sequence[str] = "*"
@@ -60,6 +69,19 @@ class Rule:
     input: QuantizerFactory = NoQuantizer
     output: QuantizerFactory = NoQuantizer
     grad: QuantizerFactory = NoQuantizer
+    compute: str = "fake"
+    products: Sequence[str] = ("forward",)
+
+    def __post_init__(self) -> None:
+        if self.compute not in COMPUTE:
+            raise InputError(f"compute is '{self.compute}'.{nearest(str(self.compute), COMPUTE)}")
+        for product in self.products:
+            if product not in PRODUCTS:
+                raise InputError(f"products has '{product}'.{nearest(str(product), PRODUCTS)}")
+        if "forward" not in self.products:
+            raise InputError("dgrad and wgrad multiply the codes of the forward product: add forward to products.")
+        if self.compute == "fake" and len(self.products) > 1:
+            raise InputError("products says which products multiply codes: set compute=int8 or compute=fp8 beside it.")
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -86,8 +108,9 @@ class Rule:
 class Scheme:
     """Quantizers for a whole model.
 
-    `weight`, `input`, `output` and `grad` go to every layer that neither `exclude` nor an entry of `rules` matches. An
-    embedding, whose input holds no activations, takes no `input` and no `grad`.
+    `weight`, `input`, `output`, `grad`, `compute` and `products` go to every layer that neither `exclude` nor an entry
+    of `rules` matches. An embedding, whose input holds no activations, takes no `input` and no `grad`, and multiplies
+    nothing.
 
     Args:
         kv: quantizers of the KV cache, for every attention layer, or None.
@@ -107,11 +130,13 @@ class Scheme:
     exclude: str | Sequence[str] = ()
     head: bool = False
     embedding: bool = False
+    compute: str = "fake"
+    products: Sequence[str] = ("forward",)
 
     @property
     def default(self) -> Rule:
         """What layers get that no rule matches."""
-        return Rule("*", self.weight, self.input, self.output, self.grad)
+        return Rule("*", self.weight, self.input, self.output, self.grad, self.compute, self.products)
 
     def assign(self, names: Iterable[str], kept: Mapping[str, str] | None = None) -> dict[str, Rule]:
         """Find the rule of every layer of `names`; layers that stay in full precision are left out.
@@ -137,6 +162,8 @@ class Scheme:
         quantized = {name: rule for name, rule in chosen.items() if rule.quantizes}
         if not quantized and self.default.quantizes:
             raise InputError("The scheme excludes every layer. To train without quantization, set scheme=none.")
+        if not quantized and self.compute != "fake":
+            raise InputError(f"compute={self.compute} multiplies codes, but nothing is quantized: set scheme=w8a8.")
         return quantized
 
     def _ordered(self) -> Iterator[tuple[str, Rule]]:

@@ -19,15 +19,15 @@ class ModelStepCodes:
         layers = (layer for _, layer in quant_layers(model) if isinstance(layer, QuantLinear))
         self._quantizers = {q for layer in layers if isinstance(q := layer.weight_quantizer, Quantizer)}
         for quantizer in self._quantizers:
-            quantizer.codes = StepCodes()
+            quantizer.step_codes = StepCodes()
 
     def renew(self) -> None:
         """Find all codes anew when they are needed next."""
         for quantizer in self._quantizers:
-            if quantizer.codes is not None:
-                quantizer.codes.renew()
+            if quantizer.step_codes is not None:
+                quantizer.step_codes.renew()
 
     def stop(self) -> None:
         """Find codes in every forward pass, as ever."""
         for quantizer in self._quantizers:
-            quantizer.codes = None
+            quantizer.step_codes = None

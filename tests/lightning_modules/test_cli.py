@@ -138,6 +138,22 @@ def test_methods_schemes_and_precisions(shell, arguments):
     shell.run("debug=fast", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["scheme=fp8", "trainer.precision=bf16-mixed"], True),
+        (["scheme=w8a8g8", "callbacks.smooth_start.ramp_steps=1", "callbacks.monitor.every_n_steps=1"], False),
+        (["scheme=w4a8", "scheme.compute=int8", "scheme.weight.granularity=per_channel"], False),
+    ],
+    ids=["fp8", "w8a8g8", "w4a8"],
+)
+def test_runs_with_products_of_codes_ship_what_they_evaluate(shell, arguments, said):
+    shell.options = [option for option in shell.options if not option.startswith("scheme")]
+    output = shell.run("debug=fast", *arguments)
+    assert "the same logits as the trained model" in output
+    assert ("a CPU multiplies these codes in float32" in output) == said
+
+
 def test_rounding_does_not_train(shell):
     shell.run("method=ptq", "hydra.run.dir=run")
     assert list(shell.rows("run")) == ["full precision", "rounded to nearest", "converted, saved, loaded"]

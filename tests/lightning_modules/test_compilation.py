@@ -29,6 +29,7 @@ from tests.models import LANGUAGE_MODELS
 from tests.quantizers.test_contract import make, quantizers
 from tests.test_configs import composed
 
+CODES8 = qat.Scheme(weight=partial(LSQQuantizer, bits=8), input=TOKEN8, compute="int8")
 SCHEMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "scheme").glob("*.yaml"))
 
 
@@ -189,9 +190,10 @@ def test_what_cannot_be_compiled_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_computes_the_same_but_for_rounding():
+@pytest.mark.parametrize("scheme", [qat.Scheme(weight=LSQ3), CODES8], ids=["int3", "products of codes"])
+def test_inductor_computes_the_same_but_for_rounding(scheme):
     """Scales stay rounded to bfloat16: left in float32 they move a gradient by half of the largest."""
-    model = qat.prepare(tiny_llama(num_hidden_layers=1), qat.Scheme(weight=LSQ3)).train()
+    model = qat.prepare(tiny_llama(num_hidden_layers=1), scheme).train()
     ids = torch.randint(0, 96, (2, 16))
     expected = step_of(model, ids)
     with CompiledBlocks(model, "inductor").step():

@@ -29,7 +29,7 @@ def finite_codes(format):
     low, high = format.code_range
     codes = torch.arange(low, high + 1)
     if isinstance(format, FloatFormat):
-        codes = codes[codes % 2 ** (format.bits - 1) <= format._highest]
+        codes = codes[codes % 2 ** (format.bits - 1) <= format.highest]
     return codes.to(format.code_dtype)[None]
 
 

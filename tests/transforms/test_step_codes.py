@@ -88,4 +88,4 @@ def test_a_new_mask_or_new_scales_find_new_codes(counted):
 def test_afterwards_nothing_is_kept():
     model = prepared("minmax")
     ModelStepCodes(model).stop()
-    assert all(m.codes is None for m in model.modules() if isinstance(m, MinMaxQuantizer))
+    assert all(m.step_codes is None for m in model.modules() if isinstance(m, MinMaxQuantizer))

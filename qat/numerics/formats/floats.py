@@ -49,6 +49,11 @@ class FloatFormat(Format):
         return False
 
     @property
+    def native(self) -> torch.dtype | None:
+        """The dtype of torch whose bit patterns are these codes, if there is one."""
+        return _NATIVE.get((self.exponent_bits, self.mantissa_bits))
+
+    @property
     def highest(self) -> int:
         """Code of the largest number."""
         return _HIGHEST[self.exponent_bits, self.mantissa_bits]
@@ -64,12 +69,14 @@ class FloatFormat(Format):
         return (self.highest >> self.mantissa_bits) - 1 + self.least_exponent
 
     def range(self) -> tuple[float, float]:
-        return _range(self)
+        # Without tensors, so that compilers see numbers.
+        steps = 2**self.mantissa_bits + self.highest % 2**self.mantissa_bits
+        largest = steps * 2.0 ** (self.largest_exponent - self.mantissa_bits)
+        return -largest, largest
 
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        native = _NATIVE.get((self.exponent_bits, self.mantissa_bits))
-        if native is not None and noise is None:
-            return v.clamp_(*self.range()).to(native).view(torch.uint8)
+        if self.native is not None and noise is None:
+            return v.clamp_(*self.range()).to(self.native).view(torch.uint8)
         negative = torch.signbit(v)
         # The float32 bit pattern gives the exponent exactly; below the normal numbers the spacing stays the same.
         exponent = (v.abs_().view(torch.int32) >> 23).sub_(127).clamp_(min=self.least_exponent)
@@ -83,12 +90,6 @@ class FloatFormat(Format):
     def decode(self, codes: Tensor, codebook: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         values = _values_on(self, codes.device)
         return values[codes.long()] if out is None else torch.take(values, as_index(codes), out=out)
-
-
-@lru_cache
-def _range(format: FloatFormat) -> tuple[float, float]:
-    largest = float(_values(format)[format.highest])
-    return -largest, largest
 
 
 @lru_cache

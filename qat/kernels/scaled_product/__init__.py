@@ -1,0 +1,1 @@
+"""Products of quantized matrices, on tensor cores and in plain PyTorch."""
