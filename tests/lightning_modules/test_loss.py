@@ -104,6 +104,7 @@ def with_other_logits():
     return model
 
 
+ROW8 = partial(MinMaxQuantizer, bits=8, granularity="per_channel")
 GRAD8 = partial(MinMaxQuantizer, bits=8, granularity="per_token", rounding="stochastic")
 
 
@@ -114,9 +115,10 @@ GRAD8 = partial(MinMaxQuantizer, bits=8, granularity="per_token", rounding="stoc
         (with_other_logits, "changes its logits or adds to its loss"),
         (lambda: qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, output=TOKEN8, head=True)), "scheme quantizes"),
         (lambda: qat.prepare(tiny_llama(), qat.Scheme(grad=GRAD8, head=True)), "or their gradient"),
+        (lambda: qat.prepare(tiny_llama(), qat.Scheme(weight=ROW8, input=TOKEN8, compute="int8", head=True)), "codes"),
         (lambda: torch.nn.Linear(2, 2), "needs an output head"),
     ],
-    ids=["auxiliary loss", "other logits", "output quantizer", "gradient quantizer", "no head"],
+    ids=["auxiliary loss", "other logits", "output quantizer", "gradient quantizer", "product of codes", "no head"],
 )
 def test_what_it_cannot_compute(make, message):
     with pytest.raises(InputError, match=message):
