@@ -48,7 +48,7 @@ def least_squares_scale(
     found = torch.empty_like(start.scale)
     for first in range(0, len(view), step):
         own = slice(first, first + step)
-        params = ViewParams(*(field if field is None or len(field) == 1 else field[own] for field in start))
+        params = ViewParams(start.scale[own], None if start.zero_point is None else start.zero_point[own])
         weights = None if importance is None else importance[own].to(torch.float32)
         found[own] = _searched(view[own].to(torch.float32), format, params, shrinks, weights)
     return found

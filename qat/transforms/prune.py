@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.nn import QuantLinear
-from qat.numerics.gptq import Columns
+from qat.numerics.columns import Columns
 from qat.numerics.sparsity import Pattern, magnitude_scores, mask_of, parse_pattern, wanda_scores
 from qat.numerics.sparsity import sparsegpt as prune_weight
 from qat.quantizers import Quantizer

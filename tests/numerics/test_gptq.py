@@ -5,8 +5,9 @@ import torch
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.numerics.columns import Columns
 from qat.numerics.descent import descend, refit
-from qat.numerics.gptq import Columns, gptq, output_errors
+from qat.numerics.gptq import gptq, output_errors
 from qat.quantizers import (
     FixedQuantizer,
     KMeansQuantizer,
