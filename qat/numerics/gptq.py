@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat.errors import InputError
 from qat.numerics.columns import ColumnGrid
+from qat.numerics.finite import all_finite
 
 # How much more damping each time that a Hessian is not positive definite, and when to give up.
 _MORE, _MOST = 10.0, 1.0
@@ -111,7 +112,7 @@ def error_factor(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         InputError: if the Hessian holds NaN or infinity, or cannot be inverted.
     """
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise InputError("The activations of the calibration data hold NaN or infinity, or their squares overflow.")
     # Backwards in both directions, upper triangular is lower triangular.
     h = hessian.to(torch.float32).flip(0, 1)

@@ -1,6 +1,7 @@
 """Scales of small error: of the least squares, by search, and of a robust error, by half-quadratic steps."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -84,6 +85,17 @@ def _squared_error(x: Tensor, format: Format, params: ViewParams, importance: Te
     difference = unscale(format.decode(format.encode_(v), out=v), params, out=v).sub_(x)
     squares = difference.square_() if importance is None else difference.square_().mul_(importance)
     return squares.sum(1, keepdim=True)
+
+
+def least_place(error: Callable[[int], float], count: int) -> int:
+    """The same search for one number: which of `count` places has the least `error`, of those that are tried."""
+    errors = {place: error(place) for place in range(0, count, _STRIDE)}
+    for stride in _FINER:
+        center = min(errors, key=errors.__getitem__)
+        for place in (center - stride, center + stride):
+            if 0 <= place < count and place not in errors:
+                errors[place] = error(place)
+    return min(errors, key=errors.__getitem__)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from qat.numerics.gptq import output_errors
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
-from qat.transforms.inputs import Group, hessians, inputs
+from qat.transforms.inputs import Group, hessians
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
 from qat.transforms.refine import refined
@@ -97,14 +97,14 @@ def gptq_block(
     sweeps: int = 1,
 ) -> None:
     """Move the weights of every linear layer in `block` onto their grids; the options are those of `gptq`."""
-    groups = inputs(block)
-    for together in [[group] for group in groups] if true_sequential else [groups]:
-        for group, hessian in zip(together, hessians(block, together), strict=True):
-            if importance and hessian.any():
-                _fit_scales(block.name, group, hessian.diagonal())
-            for stack in stacks(group):
-                with found_at(f"{block.name}.{', '.join(stack.names)}"):
-                    _gptq_stack(stack, hessian, round_weight, sweeps)
+    for group, hessian in hessians(block):
+        if true_sequential:  # the layers before it have changed
+            ((_, hessian),) = hessians(block, group)
+        if importance and hessian.any():
+            _fit_scales(block.name, group, hessian.diagonal())
+        for stack in stacks(group):
+            with found_at(f"{block.name}.{', '.join(stack.names)}"):
+                _gptq_stack(stack, hessian, round_weight, sweeps)
 
 
 def _fit_scales(block: str, group: Group, importance: Tensor) -> None:
