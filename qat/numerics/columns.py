@@ -74,16 +74,16 @@ class Columns:
     def round(self, values: Tensor, column: int) -> Tensor:
         """The nearest grid values of `values` `[rows]`, which stand in `column`."""
         params = self._own[self._run[column]]
-        codes = self._format.encode_(scale_down(values[:, None], params), params.codebook)
-        return unscale(self._format.decode(codes, params.codebook), params)[:, 0]
+        codes = self._format.encode_(scale_down(values, params), params.codebook)
+        return unscale(self._format.decode(codes, params.codebook), params)
 
 
 def _gathered(params: ViewParams, group: Tensor) -> ViewParams:
-    """The qparams of elements that belong to `group` `[runs, rows]`: `[runs, rows, 1]`, or of all entries."""
+    """The qparams of elements that belong to `group` `[runs, rows]`: `[runs, rows]`, the codebook `..., entries]`."""
     groups = len(params.scale)
 
     def each(field: Tensor | None) -> Tensor | None:
         return None if field is None else field[(group // (groups // len(field))).long()]
 
-    scale, *others = params
-    return ViewParams(each(scale), *map(each, others))  # type: ignore[arg-type]
+    flat = (field if field is None else field[:, 0] for field in params._replace(codebook=None))
+    return ViewParams(*map(each, flat))._replace(codebook=each(params.codebook))  # type: ignore[arg-type]

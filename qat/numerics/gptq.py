@@ -91,8 +91,8 @@ def column_by_column(
             if finer:
                 settle(start, stop, *finer)
             else:
-                t[start] = choose(t, start)
-                errors[start] -= t[start]
+                t[start].copy_(choose(t, start))
+                errors[start].sub_(t[start])
             t[stop:last].addmm_(coupling[start:stop, stop:last].t(), errors[start:stop])
 
     settle(0, len(t), block_size, chunk, 1)

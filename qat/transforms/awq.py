@@ -119,21 +119,22 @@ def _scale(fold: Fold, mean: Tensor, moments: Mapping[nn.Module, Tensor], grid: 
 
 def _errors(layers: list[QuantLinear], moments: Mapping[nn.Module, Tensor], columns: Tensor) -> float:
     """Squared error of what `layers` return, their weights rounded under a scale of each column."""
-    return sum(_error(layer, moments[layer], columns, torch.ones(1, 1).to(columns)) for layer in layers)
+    return float(sum(_error(layer, moments[layer], columns) for layer in layers))
 
 
 def _source_error(source: Source, moments: Mapping[nn.Module, Tensor], scale: Tensor) -> float:
     """The same for a linear layer whose rows are divided by `scale`; norms are not rounded."""
     if not isinstance(source, QuantLinear) or source not in moments:
         return 0.0
-    return _error(source, moments[source], torch.ones(1).to(scale), 1 / scale[:, None])
+    return float(_error(source, moments[source], 1 / scale[:, None]))
 
 
-def _error(layer: QuantLinear, moment: Tensor, columns: Tensor, rows: Tensor) -> float:
+def _error(layer: QuantLinear, moment: Tensor, scale: Tensor) -> Tensor:
+    """Of a layer whose weight is rounded as Q(W * scale) / scale."""
     weight, quantizer = layer.weight.detach(), layer.weight_quantizer
     assert isinstance(quantizer, Quantizer)
-    scaled = (weight.to(torch.float32) * columns * rows).to(weight.dtype)
+    scaled = (weight.to(torch.float32) * scale).to(weight.dtype)
     quantizer.initialize(scaled)
     grid = quantizer.ready_qparams(scaled), quantizer.format, quantizer.granularity
-    w_hat = ops.fake_quantize(scaled, *grid).to(torch.float32) / columns / rows
-    return float(output_errors(weight, w_hat, moment).sum())
+    w_hat = ops.fake_quantize(scaled, *grid).to(torch.float32) / scale
+    return output_errors(weight, w_hat, moment).sum()
