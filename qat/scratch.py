@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _buffers = threading.local()
+# Elements of a block: what fits the cache of every CPU core that takes part; on a GPU, a bound to the temporaries.
+_BLOCK_OF_A_CORE, _BLOCK_OF_A_GPU = 2**17, 2**25
 
 
 def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -24,3 +26,8 @@ def scratch(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
         setattr(_buffers, name, buffer)
     return buffer[:size].view(dtype).view(shape)
+
+
+def block_elements(device: torch.device) -> int:
+    """How many elements to work on at a time where many small passes in place are to cost about one long one."""
+    return _BLOCK_OF_A_CORE * torch.get_num_threads() if device.type == "cpu" else _BLOCK_OF_A_GPU

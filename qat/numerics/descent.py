@@ -4,11 +4,14 @@ Both lower tr((W - W_hat) H (W - W_hat)^T), the squared error of a layer's outpu
 raise it.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from qat.numerics.columns import ColumnGrid
 from qat.numerics.formats import CodebookFormat
-from qat.numerics.gptq import ColumnGrid
+from qat.numerics.gptq import column_by_column
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerToken
 from qat.numerics.qtensor import QuantizedTensor, ViewParams
 from qat.numerics.ste import round_to_storage
@@ -32,21 +35,11 @@ def descend(weight: Tensor, w_hat: Tensor, hessian: Tensor, columns: ColumnGrid,
     Returns:
         w_hat, `[out, in]`.
     """
-    found = w_hat.to(torch.float32).t().contiguous()
-    gradient = hessian @ (found - weight.to(torch.float32).t())
-    curvature = hessian.diagonal().tolist()
-    for start in range(0, len(found), block_size):
-        stop = min(start + block_size, len(found))
-        changes = torch.zeros_like(found[start:stop])
-        for i in range(start, stop):
-            if curvature[i] <= 0:
-                continue
-            best = columns.round(found[i] - gradient[i] / curvature[i], i)
-            torch.sub(best, found[i], out=changes[i - start])
-            found[i] = best
-            gradient[i + 1 : stop].addr_(hessian[i, i + 1 : stop], changes[i - start])
-        gradient[stop:].addmm_(hessian[stop:, start:stop], changes)
-    return found.t().contiguous()
+    found = w_hat.to(torch.float32)
+    gradient = (found - weight.to(torch.float32)) @ hessian
+    curvature = hessian.diagonal()
+    target = found - gradient / curvature.where(curvature > 0, 1.0)
+    return column_by_column(found, target, hessian, lambda t, i: columns.round(t[i], i), block_size)
 
 
 @torch.no_grad()
@@ -61,7 +54,8 @@ def refit(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> ViewParams | N
         hessian: `[in, in]`, up to a factor.
 
     Returns:
-        Rounded to storage, and positive where it is a scale; None where scales are shared by rows, or quantized.
+        Rounded to storage, and positive where it is a scale; those of `q` for rows that rounding would make worse. None
+        where scales are shared by rows, or quantized.
     """
     params = q.qparams.for_view()
     if not isinstance(q.qparams.scale, Tensor) or params.offset is not None or not _within_rows(q.granularity):
@@ -76,39 +70,58 @@ def _with_scales(w: Tensor, q: QuantizedTensor, params: ViewParams, hessian: Ten
     groups = len(params.scale) // len(w)
     steps = (q.dequantize().to(torch.float32).view(len(params.scale), -1) / params.scale).view(len(w), groups, -1)
     size = steps.shape[2]
-    normal = w.new_empty(len(w), groups, groups)
+    normal = w.new_zeros(len(w), groups, groups)
     for g in range(groups):
-        reach = (steps[:, g] @ hessian[g * size : (g + 1) * size]).view_as(steps)
-        normal[:, g] = (reach * steps).sum(2)
-    target = ((w @ hessian).view_as(steps) * steps).sum(2)
+        reach = (steps[:, g] @ hessian[g * size : (g + 1) * size, g * size :]).view(len(w), groups - g, size)
+        normal[:, g, g:] = (reach * steps[:, g:]).sum(2)
+    equations = _Equations(normal + normal.triu(1).mT, ((w @ hessian).view_as(steps) * steps).sum(2))
     scale = params.scale.view(len(w), groups)
     assert isinstance(q.qparams.scale, Tensor)
-    found = round_to_storage(_solve(normal, target, scale), q.qparams.scale.dtype)
-    return params._replace(scale=torch.where(found > 0, found, scale).reshape(-1, 1))
+    found = round_to_storage(equations.solution(scale), q.qparams.scale.dtype)
+    found = torch.where(found > 0, found, scale)
+    return params._replace(scale=torch.where(equations.is_better(found, scale), found, scale).reshape(-1, 1))
 
 
 def _with_codebook(w: Tensor, q: QuantizedTensor, params: ViewParams, hessian: Tensor) -> ViewParams:
-    assert params.codebook is not None
+    table = params.codebook
+    assert table is not None
     assert q.qparams.codebook is not None
-    codes, entries = q.codes.long(), params.codebook.shape[1]
+    codes, entries = q.codes.long(), table.shape[1]
     normal = w.new_empty(len(w), entries, entries)
     for k in range(entries):
         reach = (codes == k).to(torch.float32) @ hessian
-        normal[:, k] = torch.zeros_like(params.codebook).scatter_add_(1, codes, reach)
-    target = torch.zeros_like(params.codebook).scatter_add_(1, codes, w @ hessian)
-    found = _solve(normal, target, params.codebook * params.scale) / params.scale
-    return params._replace(codebook=round_to_storage(found, q.qparams.codebook.dtype).sort(dim=1).values)
+        normal[:, k] = torch.zeros_like(table).scatter_add_(1, codes, reach)
+    equations = _Equations(normal, torch.zeros_like(table).scatter_add_(1, codes, w @ hessian))
+    found = equations.solution(table * params.scale) / params.scale
+    found = round_to_storage(found, q.qparams.codebook.dtype).sort(dim=1).values
+    is_better = equations.is_better(found * params.scale, table * params.scale)
+    return params._replace(codebook=torch.where(is_better, found, table))
 
 
-def _solve(normal: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """The solution of the normal equations of each row nearest to `start`, `[rows, n]`."""
-    mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None].clamp(min=torch.finfo(torch.float32).tiny)
-    ridge = (_RIDGE * mean).to(torch.float64)
-    system = normal.to(torch.float64) + torch.diag_embed(ridge.expand_as(start))
-    right = target.to(torch.float64) + ridge * start
-    solution, failed = torch.linalg.solve_ex(system, right)
-    whole = (failed == 0)[:, None] & torch.isfinite(solution)
-    return torch.where(whole, solution.to(torch.float32), start)
+class _Equations(NamedTuple):
+    """The normal equations N theta = t of each row, whose error is theta^T N theta - 2 t^T theta, but for a constant.
+
+    normal: N, `[rows, n, n]`; target: t, `[rows, n]`.
+    """
+
+    normal: Tensor
+    target: Tensor
+
+    def solution(self, start: Tensor) -> Tensor:
+        """The theta of least error nearest to `start`, `[rows, n]`."""
+        normal, target = self
+        mean = normal.diagonal(dim1=1, dim2=2).mean(1)[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+        ridge = (_RIDGE * mean).to(torch.float64)
+        system = normal.to(torch.float64) + torch.diag_embed(ridge.expand_as(start))
+        right = target.to(torch.float64) + ridge * start
+        solution, failed = torch.linalg.solve_ex(system, right)
+        whole = (failed == 0)[:, None] & torch.isfinite(solution)
+        return torch.where(whole, solution.to(torch.float32), start)
+
+    def is_better(self, theta: Tensor, start: Tensor) -> Tensor:
+        """Whether the error of each row is less at `theta` than at `start`, `[rows, 1]`."""
+        moments = torch.einsum("rij,rj->ri", self.normal, theta + start) - 2 * self.target
+        return ((theta - start) * moments).sum(1, keepdim=True) < 0
 
 
 def _within_rows(granularity: Granularity) -> bool:

@@ -1,6 +1,7 @@
 """Scales of small error: of the least squares, by search, and of a robust error, by half-quadratic steps."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams, scale_down, unscale
 from qat.numerics.ste import smallest_scale
+from qat.scratch import block_elements, scratch
 
 # Shrink factors to try, from "no clipping" down: for weights, for grids of few levels, and for activations, whose
 # outliers may be a hundred times the rest.
@@ -15,6 +17,8 @@ _NARROW = torch.linspace(1.0, 0.4, 25)
 _FEW = torch.linspace(1.0, 0.15, 35)
 _WIDE = torch.logspace(0, -2, 60)
 _FEW_LEVELS = 4
+# Of how many places one is tried first, and how far from the best of them the others are.
+_STRIDE, _FINER = 4, (2, 1)
 # The p of the robust error, the weight beta of its splitting and how that grows: those of HQQ.
 _P, _BETA, _GROWTH = 0.7, 10.0, 1.01
 _STEPS = 20
@@ -26,6 +30,8 @@ def least_squares_scale(
 ) -> Tensor:
     """Shrink the scales of `start`, which cover all of `view`, to where sum (x_hat - x)^2 of each group is least.
 
+    Not all factors are tried, see `least_places`: on weights of language models that costs 0.01 to 0.08 % of error.
+
     Args:
         view: `[groups, elements]`.
         format: the grid.
@@ -36,18 +42,75 @@ def least_squares_scale(
     Returns:
         Scale `[groups, 1]`.
     """
-    view = view.to(torch.float32)
-    best = start.scale
-    least = torch.full_like(best, math.inf)
     few = format.code_range[1] - format.code_range[0] < _FEW_LEVELS
-    for shrink in _WIDE if outliers else _FEW if few else _NARROW:
-        candidate = start._replace(scale=(start.scale * shrink).clamp(min=torch.finfo(torch.float32).tiny))
-        v_hat = format.decode(format.encode_(scale_down(view, candidate)))
-        squares = (unscale(v_hat, candidate) - view).square_()
-        error = (squares if importance is None else squares.mul_(importance)).sum(1, keepdim=True)
-        best = torch.where(error < least, candidate.scale, best)
-        least = torch.minimum(error, least)
+    shrinks = (_WIDE if outliers else _FEW if few else _NARROW).to(view.device)
+    step = max(1, block_elements(view.device) // max(1, view.shape[1]))
+    found = torch.empty_like(start.scale)
+    for first in range(0, len(view), step):
+        own = slice(first, first + step)
+        params = ViewParams(start.scale[own], None if start.zero_point is None else start.zero_point[own])
+        weights = None if importance is None else importance[own].to(torch.float32)
+        found[own] = _searched(view[own].to(torch.float32), format, params, shrinks, weights)
+    return found
+
+
+def _searched(x: Tensor, format: Format, start: ViewParams, shrinks: Tensor, importance: Tensor | None) -> Tensor:
+    """The best of the scales of `start` times `shrinks`, for some of the groups."""
+    tiny = torch.finfo(torch.float32).tiny
+
+    def scale(place: Tensor) -> Tensor:
+        return (start.scale * shrinks[place]).clamp(min=tiny)
+
+    def error(place: Tensor) -> Tensor:
+        return _squared_error(x, format, start._replace(scale=scale(place)), importance)
+
+    return scale(least_places(error, len(shrinks), start.scale))
+
+
+def _squared_error(x: Tensor, format: Format, params: ViewParams, importance: Tensor | None) -> Tensor:
+    """Of each group, `[groups, 1]`."""
+    v = scale_down(x, params, out=scratch("searched", x.shape, torch.float32, x.device))
+    difference = unscale(format.decode(format.encode_(v), out=v), params, out=v).sub_(x)
+    squares = difference.square_() if importance is None else difference.square_().mul_(importance)
+    return squares.sum(1, keepdim=True)
+
+
+def least_places(error: Callable[[Tensor], Tensor], count: int, like: Tensor) -> Tensor:
+    """For each of many searches, which of `count` places has the least error, of those that are tried.
+
+    Every fourth is tried first, then its neighbours around the best of them: where errors fall and rise again, that
+    costs less than half of trying all.
+
+    Args:
+        error: at one place for each search, int64; shaped like `like`.
+    """
+    best = torch.zeros_like(like, dtype=torch.int64)
+    least = torch.full_like(like, math.inf)
+
+    def consider(place: Tensor) -> None:
+        nonlocal best, least
+        found = error(place)
+        best = torch.where(found < least, place, best)
+        least = torch.minimum(found, least)
+
+    for place in range(0, count, _STRIDE):
+        consider(torch.full_like(best, place))
+    for stride in _FINER:
+        smaller, larger = best - stride, best + stride
+        consider(smaller.clamp(min=0))
+        consider(larger.clamp(max=count - 1))
     return best
+
+
+def least_place(error: Callable[[int], float], count: int) -> int:
+    """The same for a single search, whose errors are worth a wait for the device."""
+    errors = {place: error(place) for place in range(0, count, _STRIDE)}
+    for stride in _FINER:
+        center = min(errors, key=errors.__getitem__)
+        for place in (center - stride, center + stride):
+            if 0 <= place < count and place not in errors:
+                errors[place] = error(place)
+    return min(errors, key=errors.__getitem__)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
-from qat.numerics.gptq import Columns, column_by_column, inverse_factor
+from qat.numerics.columns import Columns
+from qat.numerics.gptq import CHUNK, column_by_column, error_factor
 
 SCOPES = ("row", "matrix")
 
@@ -129,11 +130,11 @@ class MaskedColumns:
     With it `gptq` quantizes a matrix that was pruned before: the errors of both are taken up by the columns to come.
     """
 
-    def __init__(self, columns: Columns | None, mask: Tensor) -> None:
+    def __init__(self, columns: Columns, mask: Tensor) -> None:
         self._columns, self._kept = columns, mask.t().contiguous()
 
     def round(self, values: Tensor, column: int) -> Tensor:
-        """As `Columns.round`; without a grid, kept weights stay as they are."""
+        """As `Columns.round`."""
         return _rounded(values, self._kept[column], column, self._columns)
 
 
@@ -150,8 +151,8 @@ def sparsegpt(
     """Prune, and in the same pass quantize, so that the product with the calibration data is kept.
 
     SparseGPT, arXiv 2301.00774. The loop is GPTQ's: the error of column j, pruned or rounded, is spread over the
-    columns after it. What to prune is decided as the loop gets there, by the error that it would cause, (w_ij / U_jj)^2
-    with H^-1 = U^T U: the lowest in each block of columns, or in each group of an N:M pattern.
+    columns after it. What to prune is decided as the loop gets there, by the error that it would cause, (w_ij R_jj)^2
+    with H = R R^T: the lowest in each block of columns, or in each group of an N:M pattern.
 
     Args:
         weight: `[out, in]`.
@@ -171,19 +172,20 @@ def sparsegpt(
     """
     check_divides(pattern, weight.shape[1])
     block_size = math.ceil(block_size / pattern.of) * pattern.of
-    factor = inverse_factor(hessian, damping)
+    factor = error_factor(hessian, damping)
     scale = factor.diagonal()[:, None]
     together = block_size if pattern.kept is None else pattern.of
     kept = torch.empty(weight.shape[::-1], dtype=torch.bool, device=weight.device)
 
-    def choose(w: Tensor, i: int) -> Tensor:
+    def choose(t: Tensor, i: int) -> Tensor:
         if i % together == 0:
             own = slice(i, i + together)
-            kept[own] = mask_of((w[own] / scale[own]).square().t(), pattern, sparsity, "matrix").t()
-        return _rounded(w[i], kept[i], i, columns)
+            kept[own] = mask_of((t[own] * scale[own]).square().t(), pattern, sparsity, "matrix").t()
+        return _rounded(t[i], kept[i], i, columns)
 
-    order = torch.arange(weight.shape[1], device=weight.device)
-    return column_by_column(weight, factor, order, choose, block_size), kept.t().contiguous()
+    # A group of the pattern must be up to date as a whole when its first column is reached.
+    chunk = math.ceil(CHUNK / pattern.of) * pattern.of
+    return column_by_column(weight, weight, factor, choose, block_size, chunk), kept.t().contiguous()
 
 
 def _rounded(values: Tensor, kept: Tensor, column: int, columns: Columns | None) -> Tensor:

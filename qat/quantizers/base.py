@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.kernels.linear import fake_quantized_linear
+from qat.numerics.finite import all_finite
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
@@ -243,7 +244,7 @@ def check_bits(format: Format, bits: int | None) -> Format:
 
 
 def _refuse_infinity(x: Tensor) -> None:
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise InputError(f"A tensor {list(x.shape)} holds NaN or infinity, which no grid holds. {_DIVERGED}")
 
 

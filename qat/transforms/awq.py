@@ -1,6 +1,7 @@
 """AWQ of a whole model, block by block: scales that spare the weights that matter, then clipping."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from qat.errors import InputError
 from qat.kernels import ops
 from qat.nn import QuantLinear
 from qat.numerics.gptq import output_errors
+from qat.numerics.search import least_place
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
 from qat.transforms.clip import clip_
-from qat.transforms.inputs import Group, hessians, inputs, is_quantized_linear, magnitudes
+from qat.transforms.inputs import hessians, is_quantized_linear, magnitudes
 from qat.transforms.layers import quant_layers
 from qat.transforms.neighbours import Fold, Source, neighbours
 from qat.transforms.plain import full_precision
@@ -80,61 +82,59 @@ def _can_judge(fold: Fold) -> bool:
 @torch.no_grad()
 def _awq_block(block: Block, folds: list[Fold], grid: int, clip: bool) -> None:
     own = [fold for fold in folds if fold.block == block.name]
-    groups = inputs(block)
-    moments = hessians(block, groups)
+    found = hessians(block)
     means = magnitudes(block, [next(iter(fold.targets.values())) for fold in own])
-    known = dict(_moments(block, groups, moments))
+    moments: dict[nn.Module, Tensor] = {layer: moment for group, moment in found for layer in group.values()}
     for fold, mean in zip(own, means, strict=True):
         with found_at(fold.name):
-            _scale(fold, mean, known, grid)
+            _scale(fold, mean, moments, grid)
     if clip:
-        for group, moment in zip(groups, moments, strict=True):
+        for group, moment in found:
             for name, layer in group.items():
                 with found_at(f"{block.name}.{name}"):
                     clip_(layer, moment)
-
-
-def _moments(block: Block, groups: list[Group], moments: list[Tensor]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Every layer with the X^T X of what it is given."""
-    for group, moment in zip(groups, moments, strict=True):
-        for layer in group.values():
-            yield layer, moment
 
 
 def _scale(fold: Fold, mean: Tensor, moments: Mapping[nn.Module, Tensor], grid: int) -> None:
     """Fold the best scale into the source, and into the moment of what it returns."""
     layers = [m for m in fold.targets.values() if isinstance(m, QuantLinear) and is_quantized_linear(m)]
     magnitude = fold.by_channel(mean, "mean").clamp(min=_LEAST)
-    best = torch.ones_like(magnitude)
-    least, most = _errors(layers, moments, best[fold.columns]), _source_error(fold.source, moments, best) * _SLACK
-    for step in range(1, grid):
-        scale = fold.only_read(magnitude ** (step / grid))
-        read = scale[fold.columns]
-        scale = fold.only_read(scale / (read.max() * read.min()).sqrt())
-        error = _errors(layers, moments, scale[fold.columns])
-        if error < least and _source_error(fold.source, moments, scale) <= most:
-            best, least = scale, error
+
+    def scale(step: int) -> Tensor:
+        own = fold.only_read(magnitude ** (step / grid))
+        read = own[fold.columns]
+        return fold.only_read(own / (read.max() * read.min()).sqrt())
+
+    most = _source_error(fold.source, moments, scale(0)) * _SLACK
+
+    def error(step: int) -> float:
+        if step and _source_error(fold.source, moments, scale(step)) > most:
+            return math.inf
+        return _errors(layers, moments, scale(step)[fold.columns])
+
+    best = scale(least_place(error, grid))
     fold.fold_(best)
     moments[layers[0]].div_(best[fold.columns]).div_(best[fold.columns][:, None])
 
 
 def _errors(layers: list[QuantLinear], moments: Mapping[nn.Module, Tensor], columns: Tensor) -> float:
     """Squared error of what `layers` return, their weights rounded under a scale of each column."""
-    return sum(_error(layer, moments[layer], columns, torch.ones(1, 1).to(columns)) for layer in layers)
+    return float(sum(_error(layer, moments[layer], columns) for layer in layers))
 
 
 def _source_error(source: Source, moments: Mapping[nn.Module, Tensor], scale: Tensor) -> float:
     """The same for a linear layer whose rows are divided by `scale`; norms are not rounded."""
     if not isinstance(source, QuantLinear) or source not in moments:
         return 0.0
-    return _error(source, moments[source], torch.ones(1).to(scale), 1 / scale[:, None])
+    return float(_error(source, moments[source], 1 / scale[:, None]))
 
 
-def _error(layer: QuantLinear, moment: Tensor, columns: Tensor, rows: Tensor) -> float:
+def _error(layer: QuantLinear, moment: Tensor, scale: Tensor) -> Tensor:
+    """Of a layer whose weight is rounded as Q(W * scale) / scale."""
     weight, quantizer = layer.weight.detach(), layer.weight_quantizer
     assert isinstance(quantizer, Quantizer)
-    scaled = (weight.to(torch.float32) * columns * rows).to(weight.dtype)
+    scaled = (weight.to(torch.float32) * scale).to(weight.dtype)
     quantizer.initialize(scaled)
     grid = quantizer.ready_qparams(scaled), quantizer.format, quantizer.granularity
-    w_hat = ops.fake_quantize(scaled, *grid).to(torch.float32) / columns / rows
-    return float(output_errors(weight, w_hat, moment).sum())
+    w_hat = ops.fake_quantize(scaled, *grid).to(torch.float32) / scale
+    return output_errors(weight, w_hat, moment).sum()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qat.atomic import replaced_file
 from qat.errors import InputError
+from qat.numerics.finite import all_finite
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
 
@@ -164,7 +165,7 @@ def _targets(block: Block, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
 def _finite_output(block: Block, call: Call) -> Tensor:
     """The hidden states that leave `block`, on the device of those that enter it."""
     hidden = block.run(call).to(call.hidden.device)
-    if not torch.isfinite(hidden).all():
+    if not all_finite(hidden):
         raise InputError(
             f"{block.name} made NaN or infinity of the calibration data: look at its weights; a model in float16 may "
             "need bfloat16."

@@ -10,7 +10,7 @@ from qat.numerics.granularity import PerChannel, PerGroup
 from qat.quantizers import KMeansQuantizer, Quantizer, VectorQuantizer
 
 # How much of its largest weight a group may keep, from all of it down to a half.
-_SHRINKS = tuple(1 - step / 20 for step in range(1, 11))
+_SHARES = tuple(1 - step / 20 for step in range(11))
 
 
 @torch.no_grad()
@@ -28,18 +28,21 @@ def clip_(layer: QuantLinear, moment: Tensor) -> None:
     assert isinstance(quantizer, Quantizer)
     if isinstance(quantizer, KMeansQuantizer | VectorQuantizer):
         return
-    before = _rounded(quantizer, weight)
-    least = _group_errors(quantizer, weight - before, moment)
-    best = torch.ones_like(least)
-    for shrink in _SHRINKS:
-        candidate = _clipped(quantizer, weight, torch.full_like(least, shrink))
-        error = _group_errors(quantizer, weight - _rounded(quantizer, candidate), moment)
-        best = torch.where(error < least, shrink, best)
+    low, high = _extremes(quantizer, weight)
+
+    def clipped(share: float | Tensor) -> Tensor:
+        view = quantizer.granularity.view(weight)
+        return quantizer.granularity.unview(view.clamp(low * share, high * share), weight.shape)
+
+    best, least = torch.ones_like(high), torch.full_like(high, torch.inf, dtype=torch.float32)
+    for share in _SHARES:
+        error = _group_errors(quantizer, weight - _rounded(quantizer, clipped(share)), moment)[:, None]
+        best = torch.where(error < least, share, best)
         least = torch.minimum(error, least)
-    clipped = _clipped(quantizer, weight, best)
-    total_before, total = (output_errors(weight, w, moment).sum() for w in (before, _rounded(quantizer, clipped)))
-    if total < total_before:
-        weight.copy_(clipped)
+    candidate = clipped(best)
+    before, after = (output_errors(weight, _rounded(quantizer, w), moment).sum() for w in (weight, candidate))
+    if after < before:
+        weight.copy_(candidate)
     quantizer.initialize(weight)
 
 
@@ -50,15 +53,14 @@ def _rounded(quantizer: Quantizer, weight: Tensor) -> Tensor:
     return ops.fake_quantize(weight, *grid)
 
 
-def _clipped(quantizer: Quantizer, weight: Tensor, share: Tensor) -> Tensor:
-    """`weight` between shares `[groups]` of the extremes of each group; symmetric where the grid is."""
-    view = quantizer.granularity.view(weight)
-    high, low = view.amax(1, keepdim=True).clamp(min=0), view.amin(1, keepdim=True).clamp(max=0)
+def _extremes(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest weight of every group, `[groups, 1]` each; symmetric where the grid is."""
+    low, high = torch.aminmax(quantizer.granularity.view(weight), dim=1, keepdim=True)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if quantizer.ready_qparams(weight).zero_point is None:
         high = torch.maximum(high, -low)
         low = -high
-    share = share[:, None].to(view.dtype)
-    return quantizer.granularity.unview(view.clamp(low * share, high * share), weight.shape)
+    return low, high
 
 
 def _group_errors(quantizer: Quantizer, difference: Tensor, moment: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels import ops
 from qat.nn import QuantLinear
-from qat.numerics.gptq import ColumnGrid, output_errors
+from qat.numerics.columns import ColumnGrid
 from qat.numerics.gptq import gptq as gptq_weight
+from qat.numerics.gptq import output_errors
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
-from qat.transforms.inputs import hessians, inputs
+from qat.transforms.inputs import Group, hessians
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
-from qat.transforms.refine import columns_of, refined
+from qat.transforms.refine import refined
+from qat.transforms.rounding import on_grid, quantizer_of
+from qat.transforms.stack import Stack, stacks
 
 # A weight, its Hessian and the grid of its columns, to grid values.
 RoundWeight = Callable[[Tensor, Tensor, ColumnGrid], Tensor]
@@ -95,31 +97,31 @@ def gptq_block(
     sweeps: int = 1,
 ) -> None:
     """Move the weights of every linear layer in `block` onto their grids; the options are those of `gptq`."""
-    groups = inputs(block)
-    for together in [[group] for group in groups] if true_sequential else [groups]:
-        for group, hessian in zip(together, hessians(block, together), strict=True):
-            for name, layer in group.items():
-                with found_at(f"{block.name}.{name}"):
-                    _gptq_layer(layer, hessian, round_weight, importance, sweeps)
+    for group, hessian in hessians(block):
+        if true_sequential:  # the layers before it have changed
+            ((_, hessian),) = hessians(block, group)
+        if importance and hessian.any():
+            _fit_scales(block.name, group, hessian.diagonal())
+        for stack in stacks(group):
+            with found_at(f"{block.name}.{', '.join(stack.names)}"):
+                _gptq_stack(stack, hessian, round_weight, sweeps)
 
 
-def _gptq_layer(
-    layer: QuantLinear,
-    hessian: Tensor,
-    round_weight: RoundWeight,
-    importance: bool,
-    sweeps: int,
-) -> None:
-    """Move the weight of `layer` onto its grid; each row first by GPTQ or rounding, whichever is better."""
-    weight, quantizer = layer.weight.detach(), layer.weight_quantizer
-    assert isinstance(quantizer, Quantizer)
-    if importance and hessian.any():
-        quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
-    found = round_weight(weight, hessian, columns_of(quantizer, weight))
-    grid = quantizer.ready_qparams(quantizer.masked(weight)), quantizer.format, quantizer.granularity
-    rounded = quantizer.masked(ops.fake_quantize(weight, *grid)).to(torch.float32)
+def _fit_scales(block: str, group: Group, importance: Tensor) -> None:
+    """Fit scales and codebooks anew; `importance` of each column, `[in]`."""
+    for name, layer in group.items():
+        with found_at(f"{block}.{name}"):
+            weight = layer.weight.detach()
+            quantizer_of(layer).initialize(weight, importance.expand_as(weight))
+
+
+def _gptq_stack(stack: Stack, hessian: Tensor, round_weight: RoundWeight, sweeps: int) -> None:
+    """Move weights onto their grids; each row first by GPTQ or rounding, whichever is better."""
+    weight = stack.weight
+    found = round_weight(weight, hessian, stack.columns())
+    rounded = torch.cat([on_grid(*pair) for pair in zip(stack.quantizers, stack.split(weight), strict=True)])
     better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
     best = torch.where(better[:, None], found, rounded)
     for _ in range(sweeps):
-        best = refined(weight, best, hessian, quantizer)
-    weight.copy_(best)
+        best = refined(stack, best, hessian)
+    stack.fill_(best)

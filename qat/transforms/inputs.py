@@ -1,6 +1,7 @@
 """What flows into the linear layers of a block."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,57 +12,68 @@ from qat.transforms.blocks import Block
 
 # Layers of a block, by their names in it, that multiply the same tensor: queries, keys and values.
 Group = dict[str, QuantLinear]
+# Adds one input `[tokens, in]` to a total, in place.
+Add = Callable[[Tensor, Tensor], Tensor]
 
 
-def inputs(block: Block, layers: Group | None = None) -> list[Group]:
-    """`layers` of `block`, grouped by input, in the order in which they run.
+def hessians(block: Block, layers: Group | None = None) -> list[tuple[Group, Tensor]]:
+    """`layers` of `block`, grouped by input, with the X^T X of that over all calls, `[in, in]` in float32.
 
-    Layers that the first batch does not reach, such as an expert's, come last and alone.
+    Groups come in the order in which they run; layers that nothing reaches, such as an expert's, last and alone.
 
     Args:
         layers: by their names in the block; None: the linear layers whose weights are quantized.
     """
-    if layers is None:
-        layers = quantized_linears(block.module)
-    seen: dict[int, tuple[Tensor, Group]] = {}
-
-    def note(name: str, own: QuantLinear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # The tensor is held, so that no other can take its place in memory and look like it.
-            _, group = seen.setdefault(id(args[0]), (args[0], {}))
-            group[name] = own
-
-        return hook
-
-    _run(block, block.calls[:1], {name: (layer, note(name, layer)) for name, layer in layers.items()})
-    groups = [group for _, group in seen.values()]
-    reached = {name for group in groups for name in group}
-    return groups + [{name: layer} for name, layer in layers.items() if name not in reached]
+    return _sums(block, layers, 2, lambda total, x: total.addmm_(x.t(), x))
 
 
-def hessians(block: Block, groups: Sequence[Group]) -> list[Tensor]:
-    """X^T X of the inputs of each of `groups`, `[in, in]` in float32, over all calls of `block`."""
-    return _sums(block, groups, 2, lambda total, x: total.addmm_(x.t(), x))
+def squares(block: Block, layers: Group | None = None) -> list[tuple[Group, Tensor]]:
+    """The same with the diagonals of X^T X, `[in]`: the sum of the squares of every input feature."""
+    return _sums(block, layers, 1, lambda total, x: total.add_(x.square().sum(0)))
 
 
-def squares(block: Block, groups: Sequence[Group]) -> list[Tensor]:
-    """The diagonals of `hessians`, `[in]` each: the sum of the squares of every input feature."""
-    return _sums(block, groups, 1, lambda total, x: total.add_(x.square().sum(0)))
+def _sums(block: Block, layers: Group | None, rank: int, add: Add) -> list[tuple[Group, Tensor]]:
+    sums = _Sums(rank, add, block.device)
+    layers = quantized_linears(block.module) if layers is None else layers
+    for call in block.calls:
+        _run(block, [call], {name: (layer, partial(sums.note, name)) for name, layer in layers.items()})
+        sums.forget()
+    for name, layer in layers.items():
+        if name not in sums.group_of:
+            sums.join(name, layer, None)
+    return sums.found
 
 
-def _sums(block: Block, groups: Sequence[Group], rank: int, add: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
-    """For each of `groups` a tensor of `rank` dimensions, to which `add` has added every input `[tokens, in]`."""
-    leaders = [next(iter(group.values())) for group in groups]
-    sums = [torch.zeros((layer.in_features,) * rank, device=block.device) for layer in leaders]
+class _Sums:
+    """Groups of layers, each with a tensor of `rank` dimensions to which `add` adds every input `[tokens, in]`."""
 
-    def add_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            add(total, args[0].flatten(0, -2).to(torch.float32))
+    def __init__(self, rank: int, add: Add, device: torch.device) -> None:
+        self.found: list[tuple[Group, Tensor]] = []
+        self.group_of: dict[str, int] = {}
+        self._rank, self._add, self._device = rank, add, device
+        # Tensors of the call, held so that no other can take the place of one in memory and look like it.
+        self._seen: dict[int, tuple[Tensor, int]] = {}
 
-        return hook
+    def note(self, name: str, layer: QuantLinear, args: tuple[Tensor, ...]) -> None:
+        """A hook of a layer; the first of each group adds what all are given."""
+        x = args[0]
+        if name not in self.group_of:
+            self.join(name, layer, x)
+        group, total = self.found[self.group_of[name]]
+        if name == next(iter(group)):
+            self._seen[id(x)] = x, self.group_of[name]
+            self._add(total, x.flatten(0, -2).to(torch.float32))
 
-    _run(block, block.calls, {str(i): (leaders[i], add_to(total)) for i, total in enumerate(sums)})
-    return sums
+    def join(self, name: str, layer: QuantLinear, x: Tensor | None) -> None:
+        """Find the group of a layer, or make it one: that of the layers that were given `x` in the same call."""
+        _, self.group_of[name] = self._seen.get(id(x), (x, len(self.found)))
+        if self.group_of[name] == len(self.found):
+            self.found.append(({}, torch.zeros((layer.in_features,) * self._rank, device=self._device)))
+        self.found[self.group_of[name]][0][name] = layer
+
+    def forget(self) -> None:
+        """The call is over."""
+        self._seen.clear()
 
 
 def magnitudes(block: Block, modules: Sequence[nn.Module], largest: bool = False) -> list[Tensor]:

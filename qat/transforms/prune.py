@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.nn import QuantLinear
-from qat.numerics.gptq import Columns
+from qat.numerics.columns import Columns
 from qat.numerics.sparsity import Pattern, magnitude_scores, mask_of, parse_pattern, wanda_scores
 from qat.numerics.sparsity import sparsegpt as prune_weight
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
 from qat.transforms.gptq import fix_scales
-from qat.transforms.inputs import Group, hessians, inputs, squares
+from qat.transforms.inputs import Group, hessians, squares
 from qat.transforms.masks import prunable, refit, require_zeros, set_mask
 from qat.transforms.plain import full_precision
 
@@ -165,7 +165,7 @@ def _by_blocks(
     batches: Iterable[Any],
     pattern: Pattern,
     exclude: str | Sequence[str],
-    measure: Callable[[Block, Sequence[Group]], list[Tensor]],
+    measure: Callable[[Block, Group], list[tuple[Group, Tensor]]],
     prune: LayerWork,
     title: str,
     device: torch.device | str | None,
@@ -182,8 +182,7 @@ def _by_blocks(
     def work(block: Block) -> None:
         prefix = f"{block.name}."
         own: Group = {name.removeprefix(prefix): m for name, m in layers.items() if name.startswith(prefix)}
-        groups = inputs(block, own)
-        for group, found in zip(groups, measure(block, groups), strict=True):
+        for group, found in measure(block, own):
             for name, layer in group.items():
                 with found_at(f"{prefix}{name}"):
                     prune(f"{prefix}{name}", layer, found)

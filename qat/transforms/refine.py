@@ -1,4 +1,4 @@
-"""Refine a matrix that lies on its grid: least squares on scales and codebook, then coordinate descent on codes."""
+"""Refine matrices that lie on their grids: least squares on scales and codebooks, then coordinate descent on codes."""
 
 from dataclasses import replace
 
@@ -6,35 +6,31 @@ import torch
 from torch import Tensor
 
 from qat.numerics.descent import descend, refit
-from qat.numerics.gptq import ColumnGrid, Columns, output_errors
 from qat.numerics.qtensor import QuantizedTensor, ViewParams
-from qat.numerics.sparsity import MaskedColumns
 from qat.quantizers import Quantizer
+from qat.transforms.stack import Stack
 
 
-def refined(weight: Tensor, w_hat: Tensor, hessian: Tensor, quantizer: Quantizer) -> Tensor:
-    """`w_hat` with a smaller tr((W - W_hat) H (W - W_hat)^T), row by row, or the same; `quantizer` gets its grid.
+def refined(stack: Stack, w_hat: Tensor, hessian: Tensor) -> Tensor:
+    """`w_hat` with a smaller tr((W - W_hat) H (W - W_hat)^T), row by row, or the same; the quantizers get their grids.
 
     Args:
-        weight, w_hat: `[out, in]`; w_hat in float32, on the grid of `quantizer`.
+        stack: W, `[out, in]`, and what quantizes it.
+        w_hat: `[out, in]` in float32, on the grids of `stack`.
         hessian: `[in, in]`, up to a factor.
     """
+    parts = zip(stack.quantizers, stack.split(stack.weight), stack.split(w_hat), strict=True)
+    found = torch.cat([_refitted(quantizer, weight, own, hessian) for quantizer, weight, own in parts])
+    return descend(stack.weight, found, hessian, stack.columns())
+
+
+def _refitted(quantizer: Quantizer, weight: Tensor, w_hat: Tensor, hessian: Tensor) -> Tensor:
+    """The codes of `w_hat` under the scales and the codebook that fit them best, if `quantizer` can hold these."""
+    if quantizer.mask is not None:  # another grid need not have the zero that pruned weights decode to
+        return w_hat
     q = replace(quantizer.quantize(w_hat), dtype=torch.float32)
-    # Another grid need not have the zero that pruned weights decode to.
-    params = refit(weight, q, hessian) if quantizer.mask is None else None
-    if params is not None:
-        candidate = _with(q, params).dequantize()
-        better = output_errors(weight, candidate, hessian) < output_errors(weight, w_hat, hessian)
-        if quantizer.adopt(_chosen(better, params, q.qparams.for_view())):
-            w_hat = torch.where(better[:, None], candidate, w_hat)
-    return descend(weight, w_hat, hessian, columns_of(quantizer, weight))
-
-
-def columns_of(quantizer: Quantizer, weight: Tensor) -> ColumnGrid:
-    """The grid of every column of `weight`, where pruned elements are zero."""
-    qparams = quantizer.ready_qparams(quantizer.masked(weight))
-    columns = Columns(qparams, quantizer.format, quantizer.granularity, weight.shape)
-    return columns if quantizer.mask is None else MaskedColumns(columns, quantizer.mask)
+    params = refit(weight, q, hessian)
+    return w_hat if params is None or not quantizer.adopt(params) else _with(q, params).dequantize()
 
 
 def _with(q: QuantizedTensor, params: ViewParams) -> QuantizedTensor:
@@ -44,17 +40,3 @@ def _with(q: QuantizedTensor, params: ViewParams) -> QuantizedTensor:
     if codebook is not None and params.codebook is not None:
         codebook = params.codebook.view_as(codebook)
     return replace(q, qparams=q.qparams._replace(scale=params.scale.view_as(scale), codebook=codebook))
-
-
-def _chosen(better: Tensor, new: ViewParams, old: ViewParams) -> ViewParams:
-    """`new` for the rows that are `better` by it; what rows share is the same in both."""
-    rows = len(better)
-
-    def each(found: Tensor | None, before: Tensor | None) -> Tensor | None:
-        if found is None or before is None or len(found) % rows:
-            return before
-        return torch.where(better[:, None], found.view(rows, -1), before.view(rows, -1)).view_as(before)
-
-    scale = each(new.scale, old.scale)
-    assert scale is not None
-    return old._replace(scale=scale, codebook=each(new.codebook, old.codebook))

@@ -89,7 +89,7 @@ def _wanted(before: Sizes, after: Sizes) -> list[_Wanted]:
 def _narrow(block: Block, before: Sizes, after: Sizes, compensate: bool, damping: float) -> None:
     for find, kept in _wanted(before, after):
         part = find(block.module)
-        (hessian,) = hessians(block, [{part.name: part.out}])  # type: ignore[dict-item]
+        ((_, hessian),) = hessians(block, {part.name: part.out})  # type: ignore[dict-item]
         weight = part.out.weight.to(torch.float32)
         scores = (weight.square().sum(0) * hessian.diagonal()).view(part.units, -1).sum(1)
         units = scores.topk(kept).indices.sort().values

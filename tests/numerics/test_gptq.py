@@ -5,8 +5,9 @@ import torch
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.numerics.columns import Columns
 from qat.numerics.descent import descend, refit
-from qat.numerics.gptq import Columns, gptq, output_errors
+from qat.numerics.gptq import gptq, output_errors
 from qat.quantizers import (
     FixedQuantizer,
     KMeansQuantizer,
@@ -92,6 +93,37 @@ def test_blocks_of_columns_change_nothing_but_the_last_bits():
     h = x.t() @ x
     one, many = (gptq(weight, h, columns(quantizer, weight), block_size=size) for size in (64, 8))
     assert (one != many).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("block_size", [1, 24, 128])
+@torch.no_grad()
+def test_it_is_the_recursion_by_the_inverse(block_size):
+    """w_j <- w_j - (w_i - w_hat_i) U_ij / U_ii with H^-1 = U^T U, as the paper has it, in float64."""
+    weight, x = problem()
+    quantizer = fixed(GRIDS["int4 group"], weight)
+    own, h = columns(quantizer, weight), x.t() @ x
+    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    w, expected = weight.double().clone(), torch.empty_like(weight)
+    for i in range(SHAPE[1]):
+        expected[:, i] = own.round(w[:, i].float(), i)
+        error = (w[:, i] - expected[:, i]) / factor[i, i]
+        w[:, i + 1 :] -= torch.outer(error, factor[i, i + 1 :])
+    found = gptq(weight, h, own, act_order=False, block_size=block_size)
+    assert (found != expected).float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_a_sweep_is_coordinate_descent_column_by_column():
+    weight, x = problem()
+    quantizer = fixed(GRIDS["int4 group"], weight)
+    own, h = columns(quantizer, weight), x.t() @ x
+    expected = start = gptq(weight, h, own)
+    for i in range(SHAPE[1]):
+        gradient = (expected - weight) @ h[:, i]
+        expected = expected.clone()
+        expected[:, i] = own.round(expected[:, i] - gradient / h[i, i], i)
+    assert (descend(weight, start, h, own, block_size=24) != expected).float().mean() < 0.01
 
 
 @torch.no_grad()

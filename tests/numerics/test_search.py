@@ -6,7 +6,7 @@ import torch
 from qat.numerics.dynamic import absmax_params, minmax_params
 from qat.numerics.formats import FloatFormat, IntFormat
 from qat.numerics.qtensor import scale_down, unscale
-from qat.numerics.search import half_quadratic_scale, least_squares_scale
+from qat.numerics.search import half_quadratic_scale, least_place, least_squares_scale
 
 GRIDS = {
     "int3": (IntFormat(3), absmax_params),
@@ -71,3 +71,36 @@ def test_groups_without_spread_keep_a_scale(grid, x):
     format, _, _, found = searched(grid, x)
     assert (found.scale > 0).all()
     assert torch.isfinite(errors(x, found, format, 1.0)).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_trying_few_factors_is_nearly_as_good_as_trying_all(grid):
+    x = heavy_tailed(groups=4096)
+    format, start, squares, _ = searched(grid, x)
+    all_errors = [
+        errors(x, start._replace(scale=start.scale * shrink), format, 2.0) for shrink in torch.linspace(1.0, 0.4, 25)
+    ]
+    least = torch.stack(all_errors).amin(0)
+    assert least.sum() <= errors(x, squares, format, 2.0).sum() < 1.005 * least.sum()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_groups_are_searched_each_on_its_own_however_many_there_are(grid):
+    x = heavy_tailed(groups=5000)  # more than one block of the search
+    format, start, squares, _ = searched(grid, x)
+    weights = torch.rand_like(x)
+    weighted = least_squares_scale(x, format, start, importance=weights)
+    for own in (slice(0, 3), slice(4990, 5000)):
+        part = start._replace(
+            scale=start.scale[own], zero_point=None if start.zero_point is None else start.zero_point[own]
+        )
+        assert torch.equal(least_squares_scale(x[own], format, part), squares.scale[own])
+        assert torch.equal(least_squares_scale(x[own], format, part, importance=weights[own]), weighted[own])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 20])
+def test_the_bottom_of_a_valley_is_found_by_few_tries(count):
+    for bottom in range(count):
+        tried = []
+        assert least_place(lambda place: tried.append(place) or float(abs(place - bottom)), count) == bottom  # noqa: B023
+        assert len(set(tried)) == len(tried) <= 9

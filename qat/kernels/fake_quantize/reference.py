@@ -23,10 +23,7 @@ from torch import Tensor
 
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams, codes_shape, scale_down, unscale
-from qat.scratch import scratch
-
-# Elements of a block: what fits the cache of every CPU core that takes part; on a GPU, a bound to the temporaries.
-_BLOCK_OF_A_CORE, _BLOCK_OF_A_GPU = 2**17, 2**25
+from qat.scratch import block_elements, scratch
 
 
 class Gradients(NamedTuple):
@@ -141,7 +138,7 @@ def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ..
     if tensors[0].numel() == 0:  # an expert without tokens
         return iter(())
     groups, elements = len(tensors[0]), max(tensor.shape[1] for tensor in tensors)
-    most = _BLOCK_OF_A_CORE * torch.get_num_threads() if tensors[0].device.type == "cpu" else _BLOCK_OF_A_GPU
+    most = block_elements(tensors[0].device)
     if groups == 1:
         # Vector codes are fewer than elements; both are cut into as many parts.
         parts = zip(*(tensor.split(most * tensor.shape[1] // elements or 1, dim=1) for tensor in tensors), strict=True)
