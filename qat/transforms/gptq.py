@@ -77,13 +77,18 @@ def gptq(
 
 def fix_scales(model: nn.Module) -> None:
     """Let the weight quantizers of linear layers hold the scales that follow from the weights now."""
-    fixed: dict[Quantizer, FixedQuantizer] = {}
+    fixed: dict[Quantizer, Quantizer] = {}
     for _, layer in quant_layers(model):
         quantizer = getattr(layer, "weight_quantizer", None)
-        if isinstance(layer, QuantLinear) and isinstance(quantizer, Quantizer) and not quantizer.clips:
+        if isinstance(layer, QuantLinear) and isinstance(quantizer, Quantizer):
             if quantizer not in fixed:
-                fixed[quantizer] = FixedQuantizer(quantizer, layer.weight.detach())
+                fixed[quantizer] = with_fixed_scales(quantizer, layer.weight)
             layer.weight_quantizer = fixed[quantizer]
+
+
+def with_fixed_scales(quantizer: Quantizer, weight: Tensor) -> Quantizer:
+    """`quantizer`; or where its scales follow from the extremes of `weight`, one that holds them as they are now."""
+    return quantizer if quantizer.clips else FixedQuantizer(quantizer, weight.detach())
 
 
 @torch.no_grad()
@@ -99,20 +104,30 @@ def gptq_block(
     for together in [[group] for group in groups] if true_sequential else [groups]:
         for group, hessian in zip(together, hessians(block, together), strict=True):
             for name, layer in group.items():
+                quantizer = layer.weight_quantizer
+                assert isinstance(quantizer, Quantizer)
                 with found_at(f"{block.name}.{name}"):
-                    _gptq_layer(layer, hessian, round_weight, importance, sweeps)
+                    w_hat = gptq_rounded(layer.weight, hessian, quantizer, round_weight, importance, sweeps)
+                layer.weight.copy_(w_hat)
 
 
-def _gptq_layer(
-    layer: QuantLinear,
+@torch.no_grad()
+def gptq_rounded(
+    weight: Tensor,
     hessian: Tensor,
-    round_weight: RoundWeight,
-    importance: bool,
-    sweeps: int,
-) -> None:
-    """Move the weight of `layer` onto its grid; each row first by GPTQ or rounding, whichever is better."""
-    weight, quantizer = layer.weight.detach(), layer.weight_quantizer
-    assert isinstance(quantizer, Quantizer)
+    quantizer: Quantizer,
+    round_weight: RoundWeight = gptq_weight,
+    importance: bool = True,
+    sweeps: int = 1,
+) -> Tensor:
+    """`weight` `[out, in]` on the grid of `quantizer`, in float32; each row by GPTQ or rounding, whichever is better.
+
+    Args:
+        hessian: X^T X of what it multiplies, `[in, in]`, up to a factor.
+        quantizer: of fixed scales; it gets the grid that was found.
+        round_weight, importance, sweeps: as of `gptq`.
+    """
+    weight = weight.detach()
     if importance and hessian.any():
         quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
     found = round_weight(weight, hessian, columns_of(quantizer, weight))
@@ -122,4 +137,4 @@ def _gptq_layer(
     best = torch.where(better[:, None], found, rounded)
     for _ in range(sweeps):
         best = refined(weight, best, hessian, quantizer)
-    weight.copy_(best)
+    return best

@@ -13,10 +13,10 @@ from qat.errors import InputError
 from qat.numerics.metrics import sqnr
 from qat.planning import SIGNALS, Candidate, integers, planned_layers, sensitivity
 from qat.planning import divergence as divergence_module
-from qat.planning.candidates import errors, quantized
 from qat.planning.fisher import fisher, gradient
 from qat.planning.hutchinson import hessian_traces, quadratic_forms
 from qat.planning.predictions import calibration, predictions
+from qat.planning.rounding import errors, quantized
 from qat.quantizers import MinMaxQuantizer, NoQuantizer
 from tests.conftest import tiny_llama
 from tests.models import LANGUAGE_MODELS, tiny_gpt2, tiny_mixtral
@@ -248,11 +248,11 @@ def test_a_killed_kl_goes_on_where_it_was(tmp_path, monkeypatch):
     expected = sensitivity(model, data, layers, CANDIDATES, "kl")
     whole, done = divergence_module._Reference.divergence, []
 
-    def dying(self, layer, candidate):
+    def dying(self, layer, w_hat):
         if len(done) == 50:
             raise Killed
         done.append(layer.name)
-        return whole(self, layer, candidate)
+        return whole(self, layer, w_hat)
 
     monkeypatch.setattr(divergence_module._Reference, "divergence", dying)
     with pytest.raises(Killed):
