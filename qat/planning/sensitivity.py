@@ -58,8 +58,8 @@ def sensitivity(
         rounding: `nearest` or `gptq`: how the weights will be rounded, whose errors are what costs.
 
     Raises:
-        InputError: if there is no such signal or rounding, they do not go together, there are fewer tokens than a layer has inputs, a layer makes NaN of
-            them, or a quantizer does not suit a layer.
+        InputError: if there is no such signal or rounding, they do not go together, there are fewer tokens than a layer
+            has inputs, a layer makes NaN of them, or a quantizer does not suit a layer.
     """
     if signal not in SIGNALS:
         raise InputError(f"There is no signal '{signal}'.{nearest(signal, SIGNALS)}")
@@ -106,8 +106,8 @@ def _by_errors(
         cost, rounded = gather(model, missing, data), make_rounding(rounding, model, missing, data)
         with torch.no_grad():
             for layer in tracked(missing, "rounding"):
-                for name, candidate in candidates.items():
-                    rows.add((layer.name, name), cost(layer, errors(layer, candidate, rounded)))
+                for name in (name for name in candidates if (layer.name, name) not in rows):
+                    rows.add((layer.name, name), cost(layer, errors(layer, candidates[name], rounded)))
     return {layer.name: {name: rows[layer.name, name] for name in candidates} for layer in layers}
 
 
