@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat.planning.candidates import PlannedLayer
 from qat.planning.fisher import Cost
 from qat.planning.grams import portions
 from qat.planning.output import refuse_others_than_linear
-from qat.planning.predictions import Batch, predictions
+from qat.planning.predictions import Batch, summed_loss
 from qat.planning.rows import tracked
 from qat.transforms.importance import gradients_only_of
 
@@ -75,10 +74,9 @@ def _factors(
         # No weight needs its gradient: the graph starts at the outputs of the first layers.
         with gradients_only_of(model, ()), torch.enable_grad():
             for batch in tracked(batches, "K-FAC"):
-                logits, labels = predictions(model, batch)
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, drawn, reduction="sum").backward()
-                tokens += len(labels)
+                loss, count = summed_loss(model, batch, generator)
+                loss.backward()
+                tokens += count
     finally:
         for handle in handles:
             handle.remove()

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def exact_factors(model, layer, data):
     squares = torch.zeros_like(output)
     for value in log_p.flatten():
         squares += value.exp().detach() * torch.autograd.grad(value, output, retain_graph=True)[0].square()
-    return x.flatten(0, -2), squares.flatten(0, -2), len(log_p)
+    return x.detach().flatten(0, -2), squares.flatten(0, -2), len(log_p)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
@@ -238,8 +239,10 @@ def test_fewer_bits_cost_more_in_every_layer(signal):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_mixtral])
-@pytest.mark.parametrize("signal", ["fisher", "hutchinson", "entropy"])
+@pytest.mark.parametrize(
+    ("build", "signal"),
+    [*product((tiny_gpt2, tiny_mixtral), ("fisher", "hutchinson", "entropy")), (tiny_gpt2, "kfac")],
+)
 def test_other_kinds_of_layers(build, signal):
     model = build().eval()
     layers = planned_layers(model)
