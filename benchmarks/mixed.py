@@ -48,8 +48,8 @@ from qat.transforms import Rule, gptq
 
 UNIFORM = {3.25: ("int3-g64", 64), 3.5: ("int3-g32", 32)}
 CALIBRATION = 128
-# Windows of a batch: many small batches serve gradients, few large ones forward passes.
-BATCHES = {"kl": 16}
+# Windows of a batch: many small batches serve gradients of weights, few large ones all that goes by tokens.
+BATCHES = {"kl": 16, "kfac": 8}
 Batches = list[dict[str, Tensor]]
 
 
