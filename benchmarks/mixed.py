@@ -2,12 +2,14 @@
 
     python -m benchmarks.mixed --texts TEXTS                         by the Fisher diagonal, rounded; results/mixed.json
     python -m benchmarks.mixed --texts TEXTS --signals kl fisher --methods rtn gptq --windows 0
+    python -m benchmarks.mixed --texts TEXTS --signals kfac --roundings nearest gptq --methods rtn gptq --windows 0
 
 TEXTS as in benchmarks/grids.py; a run that stopped goes on. The model is benchmarks/recipe.py's, all its linear layers
 but the head are quantized, weights only, with LSQ's least-squares scales. A row for each budget (bits per weight,
-scales counted), signal and method: `ppl_uniform`, 3-bit integers in groups of 64 or 32, which spend exactly the budget;
-`ppl_random`, the geometric mean over layers' bits drawn at random until the budget is spent; `ppl_mixed`, the plan.
-Plans and draws choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and gate and up, the same.
+scales counted), signal, rounding whose errors the plan weighs, and method that rounds: `ppl_uniform`, 3-bit integers in
+groups of 64 or 32, which spend exactly the budget; `ppl_random`, the geometric mean over layers' bits drawn at random
+until the budget is spent; `ppl_mixed`, the plan. Plans and draws choose from 2 to 8 bits in groups of 64, and give
+queries, keys and values, and gate and up, the same.
 """
 
 import argparse
@@ -29,14 +31,25 @@ from benchmarks.record import record
 from benchmarks.texts import calibration, windows
 from qat.atomic import replaced_file
 from qat.export.artifact import bits_per_weight
-from qat.planning import SIGNALS, Budget, Candidate, Plan, integers, lock_groups, plan, planned_layers, storage
+from qat.planning import (
+    ROUNDINGS,
+    SIGNALS,
+    Budget,
+    Candidate,
+    Plan,
+    integers,
+    lock_groups,
+    plan,
+    planned_layers,
+    storage,
+)
 from qat.quantizers import LSQQuantizer
 from qat.transforms import Rule, gptq
 
 UNIFORM = {3.25: ("int3-g64", 64), 3.5: ("int3-g32", 32)}
 CALIBRATION = 128
-# Windows of a batch: many small batches serve gradients, few large ones forward passes.
-BATCHES = {"kl": 16}
+# Windows of a batch: many small batches serve gradients of weights, few large ones all that goes by tokens.
+BATCHES = {"kl": 16, "kfac": 8}
 Batches = list[dict[str, Tensor]]
 
 
@@ -45,6 +58,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
     parser.add_argument("--work", type=Path, default=Path("outputs/mixed"), help="where figures are kept")
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=["fisher"])
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=["nearest"], help="that plans are for")
     parser.add_argument("--methods", nargs="+", choices=("rtn", "gptq"), default=["rtn"])
     parser.add_argument("--windows", type=int, default=64, help="of the evaluation text; 0 takes all")
     parser.add_argument("--draws", type=int, default=3, help="random assignments of each budget")
@@ -52,13 +66,14 @@ def main() -> None:
     train, val = windows(options.texts, LENGTH)
     bench = Benchmark(options.work, calibration(train, CALIBRATION), val[: options.windows or None], options.draws)
     rows = [
-        bench.row(limit, signal, method)
+        bench.row(limit, signal, rounding, method)
         for method in options.methods
         for signal in options.signals
+        for rounding in options.roundings
         for limit in UNIFORM
     ]
-    words = f"--signals {' '.join(options.signals)} --methods {' '.join(options.methods)}"
-    words += f" --windows {options.windows} --draws {options.draws}"
+    words = f"--signals {' '.join(options.signals)} --roundings {' '.join(options.roundings)}"
+    words += f" --methods {' '.join(options.methods)} --windows {options.windows} --draws {options.draws}"
     record("mixed", f"python -m benchmarks.mixed --texts TEXTS {words}", rows)
 
 
@@ -69,32 +84,38 @@ class Benchmark:
         self.work, self.calibration, self.val, self.draws = work, calibration, val, draws
         self.candidates = integers()
 
-    def row(self, limit: float, signal: str, method: str) -> dict[str, Any]:
+    def row(self, limit: float, signal: str, rounding: str, method: str) -> dict[str, Any]:
         """One row of the result."""
         name, group = UNIFORM[limit]
         uniform = qat.Scheme(weight=partial(LSQQuantizer, bits=3, granularity=f"per_group_{group}"))
-        found, seconds = self.plan(limit, signal)
+        found, seconds = self.plan(limit, signal, rounding)
         chance = [
             self.ppl(f"random{seed}@{limit}-{method}", self._drawn(limit, seed), method, limit)
             for seed in range(self.draws)
         ]
         row = {"bits_per_weight": limit, "model": MODEL, "text": "wiki106.val", "windows": len(self.val)}
-        row |= {"signal": signal, "method": method, "calibration_windows": len(self.calibration), "uniform": name}
+        row |= {
+            "signal": signal,
+            "rounding": rounding,
+            "method": method,
+            "calibration_windows": len(self.calibration),
+            "uniform": name,
+        }
         row["ppl_fp"] = self.ppl("fp", None, method, limit)
         row["ppl_uniform"] = self.ppl(f"{name}-{method}", uniform, method, limit)
         row |= {"ppl_random": statistics.geometric_mean(chance), "ppl_random_draws": chance}
         mixed = self._scheme(found.assignment)
-        row["ppl_mixed"] = self.ppl(f"{signal}@{limit}-{method}", mixed, method, limit)
+        row["ppl_mixed"] = self.ppl(f"{_spelled(signal, rounding)}@{limit}-{method}", mixed, method, limit)
         row |= {"planned_bits_per_weight": found.bits_per_weight, "plan_seconds": seconds}
         row["layers"] = {c: sum(own == c for own in found.assignment.values()) for c in self.candidates}
         print(row, flush=True)
         return row
 
-    def plan(self, limit: float, signal: str) -> tuple[Plan, float]:
+    def plan(self, limit: float, signal: str, rounding: str) -> tuple[Plan, float]:
         """The plan, and the seconds that its signal took when it was first measured."""
-        path, started = self.work / f"{signal}.seconds.json", time.perf_counter()
+        path, started = self.work / f"{_spelled(signal, rounding)}.seconds.json", time.perf_counter()
         found = plan(load(), self._batches(BATCHES.get(signal, 2)), Budget(limit), self.candidates, signal,
-                     folder=self.work / "rows")  # fmt: skip
+                     folder=self.work / "rows", rounding=rounding)  # fmt: skip
         return found, self._kept(path, lambda: time.perf_counter() - started)
 
     def ppl(self, arm: str, scheme: qat.Scheme | None, method: str, limit: float) -> float:
@@ -133,6 +154,10 @@ class Benchmark:
             with replaced_file(path) as temporary:
                 temporary.write_text(json.dumps(value))
         return float(json.loads(path.read_text()))
+
+
+def _spelled(signal: str, rounding: str) -> str:
+    return signal if rounding == "nearest" else f"{signal}-{rounding}"
 
 
 def drawn(model: nn.Module, candidates: Mapping[str, Candidate], limit: float, seed: int) -> dict[str, str]:

@@ -38,8 +38,7 @@ def config_dir() -> Path:
 def main() -> None:
     """Entry point of `python train.py` and `qat-train`."""
     quiet()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _terminate)
+    exit_on_signals()
     reporting(_compose_and_run)
 
 
@@ -165,6 +164,12 @@ def _check_choices(cfg: DictConfig) -> None:
 def program() -> str:
     """How the user called this."""
     return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+
+
+def exit_on_signals() -> None:
+    """Let Ctrl-C and SIGTERM raise SystemExit, so that what is under way can say how to go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
 
 
 def _terminate(number: int, frame: Any) -> None:

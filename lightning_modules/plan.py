@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_modules.cli import config_dir, quiet, reporting
+from lightning_modules.cli import config_dir, exit_on_signals, quiet, reporting
 from lightning_modules.models import LoadedModel
 from qat.errors import InputError
 from qat.planning import Budget, Candidate, Plan, draw, plan, write_scheme
@@ -23,6 +25,7 @@ from qat.planning import Budget, Candidate, Plan, draw, plan, write_scheme
 def main() -> None:
     """Entry point of `qat-plan`."""
     quiet()
+    exit_on_signals()
     reporting(_compose_and_run)
 
 
@@ -47,18 +50,31 @@ def _run(cfg: DictConfig) -> None:
     loaded: LoadedModel = instantiate(cfg.model)
     if cfg.accelerator == "auto" and torch.cuda.is_available():
         loaded.model.cuda()
-    found = plan(
-        loaded.model,
-        [] if cfg.signal == "entropy" else _batches(cfg, loaded),
-        budget,
-        candidates,
-        cfg.signal,
-        fused=OmegaConf.to_container(cfg.locked),
-        allow=OmegaConf.to_container(cfg.allow),
-        exclude=OmegaConf.to_container(cfg.exclude),
-        folder=Path(cfg.folder) / "rows",
-    )
+    batches = [] if cfg.signal == "entropy" else _batches(cfg, loaded)
+    rows = Path(cfg.folder) / "rows"
+    with _saying_how_to_go_on(rows):
+        found = plan(
+            loaded.model,
+            batches,
+            budget,
+            candidates,
+            cfg.signal,
+            fused=OmegaConf.to_container(cfg.locked),
+            allow=OmegaConf.to_container(cfg.allow),
+            exclude=OmegaConf.to_container(cfg.exclude),
+            folder=rows,
+            rounding=cfg.rounding,
+        )
     _write(found, loaded.name, Path(cfg.folder), cfg.name)
+
+
+@contextmanager
+def _saying_how_to_go_on(rows: Path) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit:
+        print(f"\nStopped. The same command goes on: what was measured is kept in {rows}.", flush=True)
+        raise
 
 
 def _batches(cfg: DictConfig, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
@@ -89,8 +105,9 @@ def _write(found: Plan, model: str, folder: Path, name: str) -> None:
     write_scheme(found, folder, name)
     counts = {c: sum(own == c for own in found.assignment.values()) for c in found.candidates}
     chosen = ", ".join(f"{count} {candidate}" for candidate, count in counts.items() if count)
+    signal = found.signal if found.rounding == "nearest" else f"{found.signal} for {found.rounding}"
     lines = [
-        f"{found.bits_per_weight:.3f} bits per weight, planned by {found.signal}: {chosen}",
+        f"{found.bits_per_weight:.3f} bits per weight, planned by {signal}: {chosen}",
         f"picture: {picture}",
         f"python train.py --config-dir {folder} scheme={name}",
     ]

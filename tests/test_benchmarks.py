@@ -105,6 +105,19 @@ def test_mixed(results, monkeypatch):
     assert results["mixed"] == first  # nothing was measured again
 
 
+def test_mixed_for_gptq(results, monkeypatch):
+    arguments = ["--signals", "kfac", "--methods", "gptq", "--draws", "1"]
+    run(monkeypatch, mixed, *arguments, "--roundings", "nearest", "gptq", steps=())
+    first = results.pop("mixed")
+    keys = [(row["rounding"], row["bits_per_weight"]) for row in first]
+    assert keys == [(r, b) for r in ("nearest", "gptq") for b in (3.25, 3.5)]
+    assert all(row["plan_seconds"] > 0 for row in first)
+    assert first[0]["plan_seconds"] != first[2]["plan_seconds"]
+    monkeypatch.setattr(mixed, "perplexity", None)
+    run(monkeypatch, mixed, *arguments, "--roundings", "gptq", steps=())
+    assert results["mixed"] == first[2:]  # nothing was measured again
+
+
 def test_bits_drawn_at_random_spend_the_budget():
     layers = planned_layers(tiny_llama())
     bits = storage(layers, integers())

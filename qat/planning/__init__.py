@@ -5,11 +5,13 @@ from qat.planning.candidates import Candidate, PlannedLayer, integers, planned_l
 from qat.planning.locks import FUSED, lock_groups
 from qat.planning.picture import draw
 from qat.planning.plan import Plan, plan
+from qat.planning.rounding import ROUNDINGS
 from qat.planning.scheme_yaml import write_scheme
 from qat.planning.sensitivity import SIGNALS, sensitivity
 
 __all__ = [
     "FUSED",
+    "ROUNDINGS",
     "SIGNALS",
     "UNITS",
     "Budget",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from qat.errors import InputError, nearest
 from qat.nn import QuantLayer, quant_class
 from qat.numerics.metrics import stored_bits
-from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import LSQQuantizer, Quantizer
 from qat.transforms.build import found_at, made
 from qat.transforms.layers import conv1d_to_linear, kept_layers, plain_layers, quant_layers
@@ -123,27 +122,6 @@ def _refuse_shared(layers: Mapping[str, PlannedLayer]) -> None:
             users[id(weight)] = name
 
 
-def quantized(layer: PlannedLayer, candidate: Candidate) -> dict[str, QuantizedTensor]:
-    """Every weight of `layer` as `candidate`, fitted to it, stores it: what rounding to nearest gives.
-
-    Raises:
-        InputError: if the quantizer does not suit the layer, or a weight holds NaN; the layer is named.
-    """
-    found = {}
-    for name, matrix in layer.matrices().items():
-        quantizer = _quantizer(layer.name, matrix, candidate)
-        with found_at(layer.name):
-            quantizer.initialize(matrix)
-            found[name] = quantizer.quantize(matrix)
-    return found
-
-
-def errors(layer: PlannedLayer, candidate: Candidate) -> dict[str, Tensor]:
-    """W_hat - W of every weight of `layer`, as matrices in float32."""
-    matrices = layer.matrices()
-    return {name: q.dequantize().float() - matrices[name].float() for name, q in quantized(layer, candidate).items()}
-
-
 def storage(layers: Mapping[str, PlannedLayer], candidates: Candidates) -> dict[str, dict[str, int]]:
     """Bits that an artifact spends on the weights of each layer as each candidate, `[layer][candidate]`.
 
@@ -170,12 +148,17 @@ def _stored(where: str, matrix: Tensor, candidate: Candidate) -> int:
     """Bits follow from shape and dtype alone, so that no quantizer is fitted for them."""
     if not candidate.quantizes:
         return 8 * matrix.numel() * matrix.element_size()
-    quantizer = _quantizer(where, matrix, candidate)
+    quantizer = candidate_quantizer(where, matrix, candidate)
     quantizer.initialized = True
     return stored_bits(quantizer.quantize(torch.zeros_like(matrix)))
 
 
-def _quantizer(where: str, matrix: Tensor, candidate: Candidate) -> Quantizer:
+def candidate_quantizer(where: str, matrix: Tensor, candidate: Candidate) -> Quantizer:
+    """The quantizer that `candidate` makes for a weight of the layer `where`, on its device; not initialized yet.
+
+    Raises:
+        InputError: if it does not suit the weight; the layer is named.
+    """
     with found_at(f"{where}, weight of shape {list(matrix.shape)}"):
         quantizer = made(candidate.factory, tuple(matrix.shape))
         assert isinstance(quantizer, Quantizer)

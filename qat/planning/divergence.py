@@ -1,20 +1,18 @@
 """Costs as they are: what quantizing one layer alone does to the predictions of the whole model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat.planning.candidates import Candidate, Candidates, PlannedLayer, Table
+from qat.planning.candidates import Candidates, PlannedLayer, Table
 from qat.planning.predictions import Batch, learned_tokens, predictions
+from qat.planning.rounding import make_rounding, to_nearest
 from qat.planning.rows import Rows, tracked
-from qat.transforms.build import quant_layer
-from qat.transforms.layers import replace
-from qat.transforms.rules import Rule
 
 
 @torch.no_grad()
@@ -24,11 +22,13 @@ def kl(
     candidates: Candidates,
     batches: Sequence[Batch],
     rows: Rows,
+    rounding: str = "nearest",
 ) -> Table:
     """Mean over tokens of KL(p || p_hat), p_hat predicting with one layer quantized: nats a token.
 
     The most expensive signal, a forward pass for each batch, layer and candidate, and the only one that approximates
-    nothing but that layers add up. Blocks before the quantized layer are computed once a batch.
+    nothing but that layers add up. Blocks before the quantized layer are computed once a batch, and every layer is
+    rounded anew for each batch: few large batches spare the work of a `rounding` that takes long.
     """
     todo = [
         (index, layer, name)
@@ -37,11 +37,12 @@ def kl(
         for name in candidates
         if (index, layer.name, name) not in rows
     ]
+    rounded = make_rounding(rounding, model, layers, batches) if todo else to_nearest
     reference: _Reference | None = None
     for index, layer, name in tracked(todo, "KL"):
         if reference is None or reference.index != index:
             reference = _Reference(model, layers, index, batches[index])
-        rows.add((index, layer.name, name), reference.divergence(layer, candidates[name]))
+        rows.add((index, layer.name, name), reference.divergence(layer, rounded(layer, candidates[name])))
     tokens = sum(learned_tokens(batch) for batch in batches)
     return {
         layer.name: {
@@ -67,9 +68,9 @@ class _Reference:
             for handle in handles:
                 handle.remove()
 
-    def divergence(self, layer: PlannedLayer, candidate: Candidate) -> float:
-        """KL from full precision with `layer` as `candidate`, summed over tokens."""
-        with quantized_alone(self._model, layer, candidate), self._without_blocks_before(layer.name):
+    def divergence(self, layer: PlannedLayer, w_hat: Mapping[str, Tensor]) -> float:
+        """KL from full precision where the weights of `layer` are `w_hat`, summed over tokens."""
+        with weights_as(layer, w_hat), self._without_blocks_before(layer.name):
             found = predictions(self._model, self._batch)[0].log_softmax(-1)
         return float(F.kl_div(found, self._expected, reduction="sum", log_target=True))
 
@@ -88,14 +89,17 @@ class _Reference:
 
 
 @contextmanager
-def quantized_alone(model: nn.Module, layer: PlannedLayer, candidate: Candidate) -> Iterator[None]:
-    """`model` with this layer quantized, as `prepare` would do it, and no other."""
-    rule = Rule(layer.name, weight=candidate.factory)
-    replace(model, layer.name, quant_layer(layer.name, layer.module, layer.kind, rule, {}, initialize=True))
+def weights_as(layer: PlannedLayer, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The weights of `layer` hold `values`, matrices by name, for a while."""
+    matrices = layer.matrices()
+    before = {name: matrix.clone() for name, matrix in matrices.items()}
     try:
+        for name, value in values.items():
+            matrices[name].copy_(value)
         yield
     finally:
-        replace(model, layer.name, layer.module)
+        for name, value in before.items():
+            matrices[name].copy_(value)
 
 
 def _blocks(model: nn.Module, layers: Sequence[PlannedLayer]) -> tuple[str, list[nn.Module]]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from qat.numerics.metrics import code_entropy
 from qat.numerics.qtensor import QuantizedTensor
-from qat.planning.candidates import Candidate, PlannedLayer, quantized
+from qat.planning.candidates import Candidate, PlannedLayer
+from qat.planning.rounding import quantized
 
 
 def entropy(layer: PlannedLayer, candidates: Mapping[str, Candidate]) -> dict[str, float]:

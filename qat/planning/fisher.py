@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat.planning.candidates import PlannedLayer
-from qat.planning.predictions import Batch, predictions
+from qat.planning.predictions import Batch, summed_loss
 from qat.planning.rows import tracked
 from qat.transforms.importance import gradients_only_of, squares_into
 
@@ -62,14 +61,12 @@ def _backward(
     with gradients_only_of(model, sums), torch.enable_grad():
         hooks = [weight.register_post_accumulate_grad_hook(into(total)) for weight, total in sums.items()]
         try:
-            logits, labels = predictions(model, batch)
-            if draw is not None:
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
+            loss, tokens = summed_loss(model, batch, draw)
+            loss.backward()
         finally:
             for hook in hooks:
                 hook.remove()
-    return len(labels)
+    return tokens
 
 
 def _add_into(total: Tensor) -> Callable[[Tensor], None]:

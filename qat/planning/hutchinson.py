@@ -5,12 +5,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qat.planning.candidates import PlannedLayer
 from qat.planning.fisher import Cost
-from qat.planning.predictions import Batch, predictions
+from qat.planning.predictions import Batch, summed_loss
 from qat.planning.rows import tracked
 from qat.transforms.importance import gradients_only_of
 
@@ -40,11 +39,10 @@ def hessian_traces(model: nn.Module, layers: Sequence[PlannedLayer], batches: Se
     totals, tokens = torch.zeros(len(weights), dtype=torch.float64), 0
     with gradients_only_of(model, weights), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         for batch in tracked(batches, "Hutchinson"):
-            logits, labels = predictions(model, batch)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss, count = summed_loss(model, batch)
             signs = [_signs(weight, generator) for weight in weights]
             totals += torch.tensor(quadratic_forms(loss, weights, signs), dtype=torch.float64)
-            tokens += len(labels)
+            tokens += count
     of_weight = dict(zip(weights, (totals / tokens).tolist(), strict=True))
     return {layer.name: sum(of_weight[weight] for weight in layer.parameters().values()) for layer in layers}
 

@@ -1,20 +1,15 @@
 """Costs from what each layer computes: the error of its output on the data."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.planning.candidates import PlannedLayer
 from qat.planning.fisher import Cost
-from qat.planning.predictions import Batch, predictions
-from qat.planning.rows import tracked
-
-# Bytes of X^T X that are gathered in one pass over the data.
-_MEMORY = 4 * 2**30
-Grams = dict[str, Tensor]
+from qat.planning.grams import grams
+from qat.planning.predictions import Batch
 
 
 def output(model: nn.Module, layers: Sequence[PlannedLayer], batches: Sequence[Batch]) -> Cost:
@@ -26,16 +21,24 @@ def output(model: nn.Module, layers: Sequence[PlannedLayer], batches: Sequence[B
     Raises:
         InputError: if a layer is not linear.
     """
+    refuse_others_than_linear(layers, "output")
+    return partial(_cost, grams(model, layers, batches))
+
+
+def refuse_others_than_linear(layers: Sequence[PlannedLayer], signal: str) -> None:
+    """Refuse layers that do not multiply their input by one matrix.
+
+    Raises:
+        InputError: if there is one.
+    """
     for layer in layers:
         if not isinstance(layer.module, nn.Linear):
-            raise InputError(f"signal=output is for linear layers, and {layer.name} is none: take signal=fisher or kl.")
-    grams: Grams = {}
-    for together in _portions(layers):
-        grams |= _grams(model, together, batches)
-    return partial(_cost, grams)
+            raise InputError(
+                f"signal={signal} is for linear layers, and {layer.name} is none: take signal=fisher or kl."
+            )
 
 
-def _cost(grams: Grams, layer: PlannedLayer, errors: Mapping[str, Tensor]) -> float:
+def _cost(grams: Mapping[str, Tensor], layer: PlannedLayer, errors: Mapping[str, Tensor]) -> float:
     (weight,) = layer.matrices().values()
     gram = grams[layer.name].to(weight.device)
     energy = _energy(weight.float(), gram)
@@ -45,39 +48,3 @@ def _cost(grams: Grams, layer: PlannedLayer, errors: Mapping[str, Tensor]) -> fl
 def _energy(rows: Tensor, gram: Tensor) -> float:
     """|X R^T|^2 = tr(R X^T X R^T)."""
     return float(((rows @ gram) * rows).sum())
-
-
-def _portions(layers: Sequence[PlannedLayer]) -> Iterator[list[PlannedLayer]]:
-    """Layers whose X^T X fit the memory together."""
-    portion: list[PlannedLayer] = []
-    used = 0
-    for layer in layers:
-        size = 4 * layer.matrices()["weight"].shape[1] ** 2
-        if portion and used + size > _MEMORY:
-            yield portion
-            portion, used = [], 0
-        portion.append(layer)
-        used += size
-    yield portion
-
-
-@torch.no_grad()
-def _grams(model: nn.Module, layers: Sequence[PlannedLayer], batches: Sequence[Batch]) -> Grams:
-    """X^T X of the inputs of every layer, `[in, in]` in float32; kept off the device, which may not hold them all."""
-    sums = {layer.name: layer.matrices()["weight"].new_zeros((), dtype=torch.float32) for layer in layers}
-    handles = [layer.module.register_forward_pre_hook(_add_to(sums, layer.name)) for layer in layers]
-    try:
-        for batch in tracked(batches, "layer inputs"):
-            predictions(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total.cpu() for name, total in sums.items()}
-
-
-def _add_to(sums: Grams, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).to(torch.float32)
-        sums[name] = sums[name] + x.t() @ x
-
-    return hook

@@ -43,6 +43,7 @@ class Plan:
     groups: Sequence[Sequence[str]]
     budget: Budget
     signal: str
+    rounding: str = "nearest"
 
     @property
     def cost(self) -> float:
@@ -80,6 +81,7 @@ class Plan:
         }
         content = {
             "signal": self.signal,
+            "rounding": self.rounding,
             "budget": {"limit": self.budget.limit, "unit": self.budget.unit},
             "bits_per_weight": self.bits_per_weight,
             "cost": self.cost,
@@ -100,6 +102,7 @@ def plan(
     allow: Mapping[str, str | Sequence[str]] | None = None,
     exclude: str | Sequence[str] = (),
     folder: str | Path | None = None,
+    rounding: str = "nearest",
 ) -> Plan:
     """Choose a candidate for every layer of `model` such that the predicted cost is least within `budget`.
 
@@ -113,6 +116,7 @@ def plan(
             holds. A layer that is to stay in 8-bit floats: `{"*.down_proj": "fp8"}`.
         exclude: layers, with shell wildcards, that stay in full precision and count in no budget.
         folder: where rows of the sensitivity are kept.
+        rounding: how weights will be rounded: see `sensitivity`.
 
     Raises:
         InputError: see `planned_layers`, `sensitivity` and `solve`; or a pattern of `allow` is of no use.
@@ -126,10 +130,10 @@ def plan(
     spent = budget.spent(bits, weights)
     # Refused before the work: what no cost can mend.
     solve(_only({layer: dict.fromkeys(candidates, 0.0) for layer in layers}, allowed), spent, budget.limit, groups)
-    costs = _only(sensitivity(model, batches, layers, candidates, signal, folder), allowed)
+    costs = _only(sensitivity(model, batches, layers, candidates, signal, folder, rounding), allowed)
     assignment = solve(costs, spent, budget.limit, groups).assignment
     others = _others(model, layers)
-    return Plan(assignment, others, candidates, costs, bits, weights, spent, groups, budget, signal)
+    return Plan(assignment, others, candidates, costs, bits, weights, spent, groups, budget, signal, rounding)
 
 
 def _only(table: Table, allowed: Mapping[str, Sequence[str]]) -> Table:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.planning.candidates import PlannedLayer
@@ -47,6 +48,21 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(kept).all():
         raise InputError(_blame(model, inputs))
     return kept, _labels(batch)[:, 1:][learned]
+
+
+def summed_loss(model: nn.Module, batch: Batch, draw: torch.Generator | None = None) -> tuple[Tensor, int]:
+    """Cross entropy summed over the learned tokens of `batch`, and their number.
+
+    Args:
+        draw: draws labels from what the model predicts, in place of those of the data.
+
+    Raises:
+        InputError: see `predictions`.
+    """
+    logits, labels = predictions(model, batch)
+    if draw is not None:
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
+    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
 
 
 def learned_tokens(batch: Batch) -> int:

@@ -15,7 +15,7 @@ from qat.numerics.gptq import output_errors
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
-from qat.transforms.inputs import Group, hessians
+from qat.transforms.inputs import hessians
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
 from qat.transforms.refine import refined
@@ -79,13 +79,18 @@ def gptq(
 
 def fix_scales(model: nn.Module) -> None:
     """Let the weight quantizers of linear layers hold the scales that follow from the weights now."""
-    fixed: dict[Quantizer, FixedQuantizer] = {}
+    fixed: dict[Quantizer, Quantizer] = {}
     for _, layer in quant_layers(model):
         quantizer = getattr(layer, "weight_quantizer", None)
-        if isinstance(layer, QuantLinear) and isinstance(quantizer, Quantizer) and not quantizer.clips:
+        if isinstance(layer, QuantLinear) and isinstance(quantizer, Quantizer):
             if quantizer not in fixed:
-                fixed[quantizer] = FixedQuantizer(quantizer, layer.weight.detach())
+                fixed[quantizer] = with_fixed_scales(quantizer, layer.weight)
             layer.weight_quantizer = fixed[quantizer]
+
+
+def with_fixed_scales(quantizer: Quantizer, weight: Tensor) -> Quantizer:
+    """`quantizer`; or where its scales follow from the extremes of `weight`, one that holds them as they are now."""
+    return quantizer if quantizer.clips else FixedQuantizer(quantizer, weight.detach())
 
 
 @torch.no_grad()
@@ -101,22 +106,35 @@ def gptq_block(
         if true_sequential:  # the layers before it have changed
             ((_, hessian),) = hessians(block, group)
         if importance and hessian.any():
-            _fit_scales(block.name, group, hessian.diagonal())
+            for name, layer in group.items():
+                with found_at(f"{block.name}.{name}"):
+                    _fit_scales(layer.weight, quantizer_of(layer), hessian)
         for stack in stacks(group):
             with found_at(f"{block.name}.{', '.join(stack.names)}"):
-                _gptq_stack(stack, hessian, round_weight, sweeps)
+                stack.fill_(_rounded(stack, hessian, round_weight, sweeps))
 
 
-def _fit_scales(block: str, group: Group, importance: Tensor) -> None:
-    """Fit scales and codebooks anew; `importance` of each column, `[in]`."""
-    for name, layer in group.items():
-        with found_at(f"{block}.{name}"):
-            weight = layer.weight.detach()
-            quantizer_of(layer).initialize(weight, importance.expand_as(weight))
+@torch.no_grad()
+def gptq_rounded(weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Tensor:
+    """`weight` `[out, in]` on the grid of `quantizer`, in float32, as `gptq` with its default options leaves it.
+
+    Args:
+        hessian: X^T X of what it multiplies, `[in, in]`, up to a factor.
+        quantizer: of fixed scales; it gets the grid that was found.
+    """
+    if hessian.any():
+        _fit_scales(weight, quantizer, hessian)
+    return _rounded(Stack(["weight"], [weight], [quantizer]), hessian, gptq_weight, sweeps=1)
 
 
-def _gptq_stack(stack: Stack, hessian: Tensor, round_weight: RoundWeight, sweeps: int) -> None:
-    """Move weights onto their grids; each row first by GPTQ or rounding, whichever is better."""
+def _fit_scales(weight: Tensor, quantizer: Quantizer, hessian: Tensor) -> None:
+    """Fit scales and codebooks anew, errors counting as the mean square of what they multiply."""
+    weight = weight.detach()
+    quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
+
+
+def _rounded(stack: Stack, hessian: Tensor, round_weight: RoundWeight, sweeps: int) -> Tensor:
+    """The weights on their grids; each row by GPTQ or rounding, whichever is better, then refined."""
     weight = stack.weight
     found = round_weight(weight, hessian, stack.columns())
     rounded = torch.cat([on_grid(*pair) for pair in zip(stack.quantizers, stack.split(weight), strict=True)])
@@ -124,4 +142,4 @@ def _gptq_stack(stack: Stack, hessian: Tensor, round_weight: RoundWeight, sweeps
     best = torch.where(better[:, None], found, rounded)
     for _ in range(sweeps):
         best = refined(stack, best, hessian)
-    stack.fill_(best)
+    return best

@@ -24,11 +24,19 @@ class Stack:
         quantizers: of the layers; grids are of one kind, and either all have a mask or none.
     """
 
-    def __init__(self, layers: Group) -> None:
-        self.names = list(layers)
-        self._weights = [layer.weight.detach() for layer in layers.values()]
+    def __init__(self, names: Sequence[str], weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> None:
+        self.names, self.quantizers = names, quantizers
+        self._weights = [weight.detach() for weight in weights]
         self.weight = torch.cat([weight.to(torch.float32) for weight in self._weights])
-        self.quantizers = [quantizer_of(layer) for layer in layers.values()]
+
+    @classmethod
+    def of(cls, layers: Group) -> "Stack":
+        """That of layers by name."""
+        return cls(
+            list(layers),
+            [layer.weight for layer in layers.values()],
+            [quantizer_of(layer) for layer in layers.values()],
+        )
 
     def split(self, matrix: Tensor) -> Sequence[Tensor]:
         """The part of each layer in a matrix like `weight`."""
@@ -52,7 +60,7 @@ def stacks(layers: Group) -> list[Stack]:
     kinds: dict[object, Group] = {}
     for name, layer in layers.items():
         kinds.setdefault(_kind(layer), {})[name] = layer
-    return [Stack(alike) for alike in kinds.values()]
+    return [Stack.of(alike) for alike in kinds.values()]
 
 
 def _kind(layer: QuantLinear) -> object:

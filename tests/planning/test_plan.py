@@ -15,7 +15,7 @@ from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.numerics.metrics import stored_bits
 from qat.planning import Budget, Candidate, draw, integers, plan, planned_layers, storage, write_scheme
-from qat.planning.candidates import quantized
+from qat.planning.rounding import quantized
 from qat.planning.scheme_yaml import patterns
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer, NoQuantizer, NVFP4Quantizer
 from qat.transforms import quant_layers

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from lightning_modules import plan as command
+from lightning_modules.cli import exit_on_signals
 from qat.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,27 @@ def test_what_it_plans_is_what_training_takes(options, capsys):
     assert rows["converted, saved, loaded"]["bits_per_weight"] == pytest.approx(report["bits_per_weight"])
 
 
+def test_a_plan_for_gptq(options, capsys):
+    command._run(composed(*options, "budget=3.6", "signal=kfac", "rounding=gptq"))
+    assert "planned by kfac for gptq: " in capsys.readouterr().out
+    assert json.loads(Path("plans/mixed.json").read_text())["rounding"] == "gptq"
+    assert list(Path("plans/rows").glob("kfac-gptq-*.jsonl"))
+
+
+def test_one_that_is_stopped_says_how_to_go_on(options, capsys, monkeypatch):
+    module = sys.modules["qat.planning.sensitivity"]
+    monkeypatch.setattr(module, "errors", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    exit_on_signals()
+    try:
+        with pytest.raises(SystemExit):
+            command._run(composed(*options, "budget=3.6"))
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert "The same command goes on: what was measured is kept in plans/rows." in capsys.readouterr().out
+
+
 def test_candidates_are_chosen_like_any_quantizer(options):
     added = ["+quantizer@candidates.fp8=fp8", "candidates.int5=null", "+allow={*.1.mlp.down_proj: fp8}"]
     command._run(composed(*options, "budget=9", "signal=entropy", *added))
@@ -80,6 +103,7 @@ def test_candidates_are_chosen_like_any_quantizer(options):
         (["name=w3"], "There is a scheme 'w3' already"),
         (["name=a/b"], "letters, digits"),
         (["signal=hessian"], "no signal 'hessian'"),
+        (["rounding=awq"], "no rounding 'awq'"),
         (["+candidates.int7={bits: 7}"], r"add \+quantizer@candidates\.int7=lsq"),
         (["calibration_batches=0"], "whole number from 1"),
         (["calibration_batches=1", "data.batch_size=1"], "Too little data"),

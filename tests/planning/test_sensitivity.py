@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from qat.errors import InputError
 from qat.numerics.metrics import sqnr
 from qat.planning import SIGNALS, Candidate, integers, planned_layers, sensitivity
 from qat.planning import divergence as divergence_module
-from qat.planning.candidates import errors, quantized
 from qat.planning.fisher import fisher, gradient
 from qat.planning.hutchinson import hessian_traces, quadratic_forms
+from qat.planning.kfac import kfac
 from qat.planning.predictions import calibration, predictions
+from qat.planning.rounding import errors, quantized
 from qat.quantizers import MinMaxQuantizer, NoQuantizer
 from tests.conftest import tiny_llama
 from tests.models import LANGUAGE_MODELS, tiny_gpt2, tiny_mixtral
@@ -68,6 +70,31 @@ def test_fisher_is_the_fisher_information():
     error = errors(layer, CANDIDATES["int2"])
     expected = 0.5 * float((exact * error["weight"].square()).sum())
     found = fisher(model, [layer], data * 400)(layer, error)  # draws of labels average out
+    assert found == pytest.approx(expected, rel=0.08)
+
+
+def exact_factors(model, layer, data):
+    """x_t, and E g_to^2 of the loss's gradient to the layer's output, every token and every label on its own."""
+    seen = []
+    handle = layer.module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    log_p = torch.cat([predictions(model, batch)[0] for batch in data]).log_softmax(-1)
+    handle.remove()
+    ((x, output),) = seen
+    squares = torch.zeros_like(output)
+    for value in log_p.flatten():
+        squares += value.exp().detach() * torch.autograd.grad(value, output, retain_graph=True)[0].square()
+    return x.detach().flatten(0, -2), squares.flatten(0, -2), len(log_p)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
+def test_kfac_is_the_product_of_its_factors(name):
+    model, data = smallest(), batches(1, 16, vocabulary=12)
+    layer = planned_layers(model)[f"model.layers.0.{name}"]
+    x, squares, tokens = exact_factors(model, layer, data)
+    error = errors(layer, CANDIDATES["int2"])
+    energy = (squares.sum(1, keepdim=True) * (x @ error["weight"].T).square()).sum(0)
+    expected = 0.5 * float(energy @ squares.sum(0) / squares.sum()) / tokens
+    found = kfac(model, [layer], data * 400)(layer, error)  # draws of labels average out
     assert found == pytest.approx(expected, rel=0.08)
 
 
@@ -212,8 +239,10 @@ def test_fewer_bits_cost_more_in_every_layer(signal):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("build", [tiny_gpt2, tiny_mixtral])
-@pytest.mark.parametrize("signal", ["fisher", "hutchinson", "entropy"])
+@pytest.mark.parametrize(
+    ("build", "signal"),
+    [*product((tiny_gpt2, tiny_mixtral), ("fisher", "hutchinson", "entropy")), (tiny_gpt2, "kfac")],
+)
 def test_other_kinds_of_layers(build, signal):
     model = build().eval()
     layers = planned_layers(model)
@@ -248,11 +277,11 @@ def test_a_killed_kl_goes_on_where_it_was(tmp_path, monkeypatch):
     expected = sensitivity(model, data, layers, CANDIDATES, "kl")
     whole, done = divergence_module._Reference.divergence, []
 
-    def dying(self, layer, candidate):
+    def dying(self, layer, w_hat):
         if len(done) == 50:
             raise Killed
         done.append(layer.name)
-        return whole(self, layer, candidate)
+        return whole(self, layer, w_hat)
 
     monkeypatch.setattr(divergence_module._Reference, "divergence", dying)
     with pytest.raises(Killed):
@@ -291,7 +320,7 @@ def test_too_little_data_is_refused():
         sensitivity(model, [], layers, CANDIDATES)
 
 
-@pytest.mark.parametrize("signal", ["kl", "fisher", "gradient", "hutchinson", "output"])
+@pytest.mark.parametrize("signal", ["kl", "kfac", "fisher", "gradient", "hutchinson", "output"])
 def test_the_layer_that_makes_nan_is_named(signal):
     model = tiny_llama().eval()
     model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda *_: torch.full((2, 32, 32), torch.nan))
@@ -311,8 +340,9 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(InputError, match=r"no signal 'fischer'\. Did you mean 'fisher'"):
         sensitivity(model, batches(), planned_layers(model), CANDIDATES, "fischer")
     mixture = tiny_mixtral()
-    with pytest.raises(InputError, match="output is for linear layers"):
-        sensitivity(mixture, batches(), planned_layers(mixture), CANDIDATES, "output")
+    for signal in ("output", "kfac"):
+        with pytest.raises(InputError, match=f"{signal} is for linear layers"):
+            sensitivity(mixture, batches(), planned_layers(mixture), CANDIDATES, signal)
 
 
 def test_calibration_moves_to_the_model():

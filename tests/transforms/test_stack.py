@@ -41,7 +41,7 @@ def test_gptq_of_stacks_is_that_of_each_layer(scheme, pruned, monkeypatch):
         wanda(model, batches(2))
     alone = copy.deepcopy(model)
     gptq(model, batches(2))
-    each = lambda layers: [Stack({name: layer}) for name, layer in layers.items()]  # noqa: E731
+    each = lambda layers: [Stack.of({name: layer}) for name, layer in layers.items()]  # noqa: E731
     monkeypatch.setattr(sys.modules["qat.transforms.gptq"], "stacks", each)
     gptq(alone, batches(2))
     assert differing(model, alone) < 0.01
@@ -60,7 +60,7 @@ def test_a_stack_fills_each_layer_with_its_rows():
     model = prepare(tiny_llama(), SCHEMES["lsq"])
     layers = quantized_linears(model.model.layers[0].mlp)
     del layers["down_proj"]
-    stack = Stack(layers)
+    stack = Stack.of(layers)
     stack.fill_(stack.weight + 1)
     before, after = stack.split(stack.weight), [layer.weight for layer in layers.values()]
     assert all(torch.equal(now, own + 1) for now, own in zip(after, before, strict=True))
