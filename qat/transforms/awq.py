@@ -50,7 +50,7 @@ def awq(
     Args:
         model: prepared.
         batches: mappings, passed as keywords.
-        grid: how many exponents to try.
+        grid: how many exponents to choose from. Not all are tried, see `qat.numerics.search.least_place`.
         clip: search the clipping; k-means and vector codebooks, which have no end to clip at, never do.
         device: where to compute; blocks go there one at a time. Default: where the model is.
         folder: where finished blocks are kept, so that a run that was killed goes on.
@@ -63,7 +63,7 @@ def awq(
             holds NaN, or `grid` is no number of exponents.
     """
     if not isinstance(grid, int) or grid < 1:
-        raise InputError(f"grid is {grid}; it is how many exponents to try, from 1 on: set it to 20.")
+        raise InputError(f"grid is {grid}; it is how many exponents to choose from, 1 or more: set it to 20.")
     if not any(is_quantized_linear(layer) for _, layer in quant_layers(model)):
         raise InputError("AWQ scales quantized linear layers, and the model has none: prepare it with scheme=w4.")
     folds = [fold for fold in neighbours(model) if _can_judge(fold)]
