@@ -133,24 +133,31 @@ def _backward_fake(
     )
 
 
+def _dynamic_kernels(x: Tensor, rule: str, format: Format) -> Any:
+    """The module that finds scales of `x` and uses them in one pass; None where there is none."""
+    if not _in_triton(x, format):
+        return None
+    from qat.kernels.fake_quantize import dynamic
+
+    return dynamic if dynamic.takes(x, rule) else None
+
+
 def _dynamic(x: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: str) -> Tensor:
     grid = parse_format(format)
-    if _in_triton(x, grid):
-        from qat.kernels.fake_quantize import dynamic
-
-        if dynamic.takes(x, rule):
-            return dynamic.fake_quantize(x, rule, scale_dtype, codebook, grid)
+    kernels = _dynamic_kernels(x, rule, grid)
+    if kernels is not None:
+        found: Tensor = kernels.fake_quantize(x, rule, scale_dtype, codebook, grid)
+        return found
     scale, zero_point, *_ = DYNAMIC_RULES[rule](x, grid, scale_dtype)
     return _fake_quantize(x, x.dtype, scale, zero_point, codebook, format)
 
 
 def _dynamic_params(x: Tensor, rule: str, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
     grid = parse_format(format)
-    if _in_triton(x, grid):
-        from qat.kernels.fake_quantize import dynamic
-
-        if dynamic.takes(x, rule):
-            return dynamic.params(x, rule, scale_dtype, grid)
+    kernels = _dynamic_kernels(x, rule, grid)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.params(x, rule, scale_dtype, grid)
+        return found
     scale, zero_point, *_ = DYNAMIC_RULES[rule](x, grid, scale_dtype)
     return scale, scale.new_empty(0) if zero_point is None else zero_point
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.kernels.fake_quantize import reference
 from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants
 from qat.kernels.fake_quantize.reference import Gradients
-from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
+from qat.kernels.fake_quantize.tiles import of_rows, own_rows, power_of_two, table_of, tile_at, tiling
 from qat.kernels.fake_quantize.triton import fields, per_table
 from qat.kernels.launch import launch
 from qat.numerics.formats import Format
@@ -68,17 +68,13 @@ def _fake_quantize_backward(
     TABLE: tl.constexpr,
 ):
     """A row is a group, or with GROUP > 0 the groups of that many elements that share a codebook."""
-    program = tl.program_id(0)
-    row = program // pieces * ROWS + tl.arange(0, ROWS)
-    piece = program % pieces
-    valid = row < rows
+    row, piece = own_rows(pieces, ROWS)
     table = codebook
     if GRID[KIND] == "codebook":
         table = table_of(codebook, row, rows, per_table, GRID[ENTRIES])
-    s = tl.load(scale + row, mask=valid & (GROUP == 0), other=1.0).to(tl.float32)[:, None]
-    z = tl.zeros_like(s)
+    s = of_rows(scale, row, rows, 1.0)
     if HAS_ZERO_POINT:
-        z = tl.load(zero_point + row, mask=valid, other=0.0).to(tl.float32)[:, None]
+        z = of_rows(zero_point, row, rows, 0.0)
     scale_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     zero_point_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     entry = tl.arange(0, TABLE)[None, :]
@@ -114,7 +110,7 @@ def _fake_quantize_backward(
         if NEED_X:
             tl.store(grad + at, clipped.to(grad.dtype.element_ty), mask=inside)
     out = (piece * rows + row)[:, None]
-    valid = valid[:, None]
+    valid = (row < rows)[:, None]
     if NEED_SCALE:
         tl.store(scale_grad + out, scale_sum / s, mask=valid)
     if NEED_ZERO_POINT:

@@ -51,7 +51,7 @@ def power_of_two(value: int) -> int:
 
 
 @triton.jit
-def own_rows(groups, pieces, ROWS: tl.constexpr):
+def own_rows(pieces, ROWS: tl.constexpr):
     """Rows of this program `[ROWS]`, and the number of its piece."""
     program = tl.program_id(0)
     return program // pieces * ROWS + tl.arange(0, ROWS), program % pieces

@@ -38,7 +38,7 @@ def _fake_quantize(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    row, piece = own_rows(groups, pieces, ROWS)
+    row, piece = own_rows(pieces, ROWS)
     at, inside = tile_at(row, piece * WIDTH, groups, elements, WIDTH)
     table = codebook
     if GRID[KIND] == "codebook":
