@@ -21,6 +21,7 @@ FORMATS = [
     *("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
     *("codebook2", "codebook5", "codebook16", "codebook40", "codebook256"),
 ]
+LEARNED = ["int4", "uint4", "levels4", "fp8_e4m3", "codebook16", "codebook40"]
 # Groups and elements: short and many, odd, one long, no power of two.
 SIZES = [(6, 64), (3, 300), (1, 5000), (70, 20)]
 RULES = [
@@ -57,13 +58,13 @@ def same(found, expected, what):
     assert torch.equal(found.cpu(), expected), what
 
 
-def compare_codes_and_values(device):
+def compare_codes_and_values(device, formats=FORMATS):
     from qat.kernels.fake_quantize import triton
 
     torch.manual_seed(0)
-    cases = list(product(FORMATS, SIZES, [torch.float32]))
+    cases = list(product(formats, SIZES, [torch.float32]))
     if device != "cpu":  # Triton's interpreter does not round to bfloat16
-        cases += product(FORMATS, SIZES[:1], [torch.bfloat16])
+        cases += product(formats, SIZES[:1], [torch.bfloat16])
     for name, size, dtype in cases:
         for format, params in grids(name, size[0]):
             x, what = values(*size, params, dtype), (name, size, dtype)
@@ -79,11 +80,11 @@ def compare_codes_and_values(device):
             same(out, x_hat, what)
 
 
-def compare_gradients(device):
+def compare_gradients(device, formats=LEARNED):
     from qat.kernels.fake_quantize import backward
 
     torch.manual_seed(0)
-    for name, size in product(["int4", "uint4", "levels4", "fp8_e4m3", "codebook16", "codebook40"], SIZES):
+    for name, size in product(formats, SIZES):
         for format, params in grids(name, size[0]):
             x, all_there = values(*size, params, torch.float32), [param is not None for param in params[:3]]
             for needs, restore in product(
@@ -103,13 +104,13 @@ def compare_gradients(device):
                         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-3)
 
 
-def compare_dynamic_scales(device, most=16384):
+def compare_dynamic_scales(device, rules=RULES, most=16384):
     """`most`: elements of a group that is read once; fewer make the loop over longer groups run."""
     from qat.kernels.fake_quantize import dynamic
 
     dynamic._MOST = most
     torch.manual_seed(0)
-    for (name, rule), (groups, elements) in product(RULES, [*SIZES, (500, 32)]):
+    for (name, rule), (groups, elements) in product(rules, [*SIZES, (500, 32)]):
         format = parse_format(name)
         x = torch.randn(groups, elements) * torch.randn(groups, 1).exp()
         x[0], x[-1] = 0, x[-1].abs() * 1e-39
@@ -130,11 +131,13 @@ def compare_dynamic_scales(device, most=16384):
                 assert dynamic.fake_quantize(spoilt.to(device), rule, dtype, there, format)[-1].isnan().all()
 
 
-CHECKS = ["compare_codes_and_values", "compare_gradients", "compare_dynamic_scales"]
+CHECKS = {compare_codes_and_values: FORMATS, compare_gradients: LEARNED, compare_dynamic_scales: RULES}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("call", [*(f"{check}('cpu')" for check in CHECKS), "compare_dynamic_scales('cpu', 16)"])
+@pytest.mark.parametrize(
+    "call", [*(f"{check.__name__}('cpu')" for check in CHECKS), "compare_dynamic_scales('cpu', most=16)"]
+)
 def test_triton_in_the_interpreter_equals_the_reference(call):
     code = f"from tests.kernels.test_fake_quantize import *; {call}"
     root = Path(__file__).parents[2]
@@ -142,9 +145,9 @@ def test_triton_in_the_interpreter_equals_the_reference(call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", CHECKS)
-def test_triton_equals_the_reference(check):
-    globals()[check]("cuda")
+@pytest.mark.parametrize(("check", "what"), [(check, what) for check, all in CHECKS.items() for what in all])
+def test_triton_equals_the_reference(check, what):
+    check("cuda", [what])
 
 
 @pytest.mark.gpu
