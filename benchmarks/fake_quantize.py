@@ -25,7 +25,7 @@ from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import ViewParams, scale_down, unscale
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192)]
+SHAPES = [(4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336)]
 STATIC = [
     *(("int4", "per_group_64"), ("int4", "per_channel"), ("int8", "per_tensor"), ("uint4", "per_group_64")),
     *(("levels4", "per_group_64"), ("fp8_e4m3", "per_channel"), ("fp4_e2m1", "per_group_32")),

@@ -19,10 +19,10 @@ is a process of its own; its first loss is compared with that of the references.
 
 import argparse
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--shapes", nargs="+", choices=("1b", "8b4"), default=["1b"], help="models to train")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
-    one = ("ARM", "BACKEND", "SHAPE")
-    parser.add_argument("--one", nargs=3, metavar=one, help="measure in this process, print as JSON")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(*options.one, options.steps)))
-        return
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
     backends = ("eager", "aot_eager") if options.tiny else ("eager", "inductor")
@@ -110,13 +105,20 @@ def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dic
     """What a fresh process measures of `arm`, so that peak memory is its own."""
     path = options.work / f"{arm}-{backend}-{shape}.json"
     if not path.is_file():
-        command = [sys.executable, "-m", "benchmarks.train_step", "--one", arm, backend, shape]
-        command += ["--steps", str(options.steps)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        with ProcessPoolExecutor(1, _fresh()) as process:
+            measured = process.submit(measure, arm, backend, shape, options.steps).result()
         with replaced_file(path) as temporary:
-            temporary.write_text(output.stdout.splitlines()[-1])
-    measured: dict[str, float] = json.loads(path.read_text())
-    return measured
+            temporary.write_text(json.dumps(measured))
+        print(arm, backend, shape, measured, flush=True)
+    found: dict[str, float] = json.loads(path.read_text())
+    return found
+
+
+def _fresh() -> Any:
+    """Processes that have imported everything, and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.kmeans_1b", "transformers.models.llama.modeling_llama"])
+    return context
 
 
 def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
