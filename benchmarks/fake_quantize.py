@@ -118,7 +118,7 @@ def backward(x: Tensor, g: Tensor, out: Tensor, *grid: Any) -> Any:
 
 
 def dynamic(x: Tensor, rule: str, name: str) -> Tensor:
-    return ops._fake_quantize_dynamic_view(x, rule, _storage(rule), None, name)
+    return ops.fake_quantize_dynamic_view(x, x.dtype, rule, _storage(rule), None, name)
 
 
 def _storage(rule: str) -> torch.dtype:

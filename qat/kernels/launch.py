@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kernel, device, constants and kinds of arguments to what Triton compiled for them.
+# Kernel, programs, device, constants and kinds of arguments to what launches the form that Triton compiled for them.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -29,14 +29,20 @@ def launch(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, programs, arguments, constants, num_warps)
-    key = (kernel, device.index, num_warps, *constants.values(), *map(_kind, arguments))
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        return compiled[(programs, 1, 1)](*arguments, *constants.values())
+    key = (kernel, programs, device.index, num_warps, *constants.values(), *map(_kind, arguments))
+    run = _compiled.get(key)
+    if run is not None:
+        return run(*arguments, *constants.values(), stream=_stream(device))
     compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
     if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled
+        _compiled[key] = compiled[(programs, 1, 1)]
     return None
+
+
+def _stream(device: torch.device) -> int | None:
+    """The handle of the current stream, which `torch.cuda.current_stream` wraps at some cost; None on a CPU."""
+    handle: int | None = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
+    return handle
 
 
 def _kind(argument: Any) -> Any:

@@ -6,11 +6,12 @@ tensors, because `torch.library` knows neither formats nor granularities; the fu
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.kernels.codebook_means import reference as codebook_means
@@ -24,6 +25,7 @@ from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
+from qat.numerics.ste import straight_through
 from qat.scratch import scratch
 
 # Every operator ends with the same arguments: the grid, or what it follows from.
@@ -50,17 +52,35 @@ def _in_triton(x: Tensor, format: Format) -> bool:
 
 def _operator(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag
-) -> torch._ops.OpOverload:
-    """Declare one operator, `qat::name(arguments) -> results`.
+) -> Callable[..., Any]:
+    """Declare one operator, `qat::name(arguments) -> results`, and return how to call it.
 
-    `torch.library.custom_op` would do the same in one call, but costs 0.1 ms a call on a CPU, 800 times in a step.
+    `torch.library.custom_op` would declare it in one call, but costs 0.1 ms a call on a CPU, 800 times in a step.
+    Torch's dispatcher too takes longer than a small kernel on a GPU: where it has nothing to do, it is passed by.
     """
     name, _, signature = schema.partition("(")
     torch.library.define(f"qat::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.impl(f"qat::{name}", "default")(torch.no_grad()(reference))
     torch.library.register_fake(f"qat::{name}", fake)
     operator: torch._ops.OpOverload = getattr(torch.ops.qat, name).default
-    return operator
+
+    @wraps(reference)
+    def call(x: Tensor, *arguments: Any) -> Any:
+        return operator(x, *arguments) if _is_watched(x) else reference(x, *arguments)
+
+    return call
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether autograd, a compiler, a mode, a profiler or a kind of tensors wants to see operators on `x`."""
+    return (
+        torch.compiler.is_compiling()
+        or not x.is_cuda
+        or torch.is_grad_enabled()
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
@@ -142,14 +162,21 @@ def _dynamic_kernels(x: Tensor, rule: str, format: Format) -> Any:
     return dynamic if dynamic.takes(x, rule) else None
 
 
-def _dynamic(x: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: str) -> Tensor:
+def _dynamic(x: Tensor, dtype: torch.dtype, *rule: Any) -> Tensor:
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _restore_dynamic(x, out, *rule)
+    return out
+
+
+def _restore_dynamic(
+    x: Tensor, out: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: str
+) -> None:
     grid = parse_format(format)
     kernels = _dynamic_kernels(x, rule, grid)
     if kernels is not None:
-        found: Tensor = kernels.fake_quantize(x, rule, scale_dtype, codebook, grid)
-        return found
+        return kernels.fake_quantize(x, out, rule, scale_dtype, codebook, grid)
     scale, zero_point, *_ = DYNAMIC_RULES[rule](x, grid, scale_dtype)
-    return _fake_quantize(x, x.dtype, scale, zero_point, codebook, format)
+    return _kernels(x, grid).fake_quantize(x, out, ViewParams(scale, zero_point, codebook), grid)
 
 
 def _dynamic_params(x: Tensor, rule: str, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
@@ -201,10 +228,15 @@ _fake_quantize_backward_ = _operator(
     _backward_of_view,
     _backward_fake,
 )
-_fake_quantize_dynamic_view = _operator(
-    f"fake_quantize_dynamic(Tensor x, {_RULE}, Tensor? codebook, str format) -> Tensor",
+fake_quantize_dynamic_view = _operator(
+    f"fake_quantize_dynamic(Tensor x, ScalarType dtype, {_RULE}, Tensor? codebook, str format) -> Tensor",
     _dynamic,
-    lambda x, *rule: x.new_empty(x.shape),
+    lambda x, dtype, *rule: x.new_empty(x.shape, dtype=dtype),
+)
+restore_dynamic_view_ = _operator(
+    f"restore_dynamic_(Tensor x, Tensor(a!) out, {_RULE}, Tensor? codebook, str format) -> ()",
+    _restore_dynamic,
+    lambda x, out, *rule: None,
 )
 _dynamic_params_of_view = _operator(
     f"dynamic_params(Tensor x, {_RULE}, str format) -> (Tensor, Tensor)", _dynamic_params, _dynamic_params_fake
@@ -242,7 +274,7 @@ def fake_quantize_to_keep(
 
     `codes`: of x, where they are known.
     """
-    if x.is_cuda:
+    if not keeps_codes(x):
         return fake_quantize_view(x, dtype, *grid), None
     codes = quantize_view(x, *grid) if codes is None else codes
     x_hat = scratch("weight", x.shape, dtype, x.device)
@@ -307,17 +339,31 @@ def fake_quantize_dynamic(
     scale_dtype: torch.dtype,
     codebook: Tensor | None = None,
 ) -> Tensor:
-    """As `fake_quantize` with the qparams that `rule` finds for `x`, in one pass where a kernel can; no gradient.
+    """As `fake_quantize` with the qparams that `rule` finds for `x`, in one pass where a kernel can; straight through.
 
     Where several layers that stand side by side quantize the same x alike, all get the result of the first.
     """
     check_rule(rule, granularity, x.shape)
-    arguments = rule, scale_dtype, None if codebook is None else codebook.reshape(-1, codebook.shape[-1]), format.name
+    arguments = rule_arguments(rule, format, scale_dtype, codebook)
 
     def computed() -> Tensor:
-        return granularity.unview(_fake_quantize_dynamic_view(granularity.view(x.detach()), *arguments), x.shape)
+        with torch.no_grad():
+            x_hat = granularity.unview(fake_quantize_dynamic_view(granularity.view(x), x.dtype, *arguments), x.shape)
+        return straight_through(x, x_hat)
 
-    return computed() if codebook is not None else once_for_siblings(x, (granularity, *arguments), computed)
+    if codebook is not None:
+        return computed()
+    return once_for_siblings(x, (granularity, *arguments, torch.is_grad_enabled()), computed)
+
+
+def rule_arguments(rule: str, format: Format, scale_dtype: torch.dtype, codebook: Tensor | None) -> tuple[Any, ...]:
+    """The last arguments of an operator that finds the scales itself."""
+    return rule, scale_dtype, None if codebook is None else codebook.reshape(-1, codebook.shape[-1]), format.name
+
+
+def keeps_codes(weight: Tensor) -> bool:
+    """Whether codes of a weight are worth keeping for the backward pass: a GPU finds them faster than it reads them."""
+    return not weight.is_cuda
 
 
 def dynamic_qparams(
@@ -329,7 +375,8 @@ def dynamic_qparams(
         InputError: if no rule is called that, or it takes means and `granularity` pads `x` with zeros.
     """
     check_rule(rule, granularity, x.shape)
-    scale, zero_point = _dynamic_params_of_view(granularity.view(x.detach()), rule, scale_dtype, format.name)
+    with torch.no_grad():
+        scale, zero_point = _dynamic_params_of_view(granularity.view(x), rule, scale_dtype, format.name)
     shape = granularity.param_shape(x.shape)
     return QParams(scale.reshape(shape), zero_point.reshape(shape) if rule == "minmax" else None)
 

@@ -11,7 +11,6 @@ from qat.nn.packed import dtype_name, dtype_named
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
-from qat.numerics.ste import straight_through
 from qat.quantizers import Quantizer
 from qat.quantizers.keep_dtype import KeepsDtype
 
@@ -68,7 +67,7 @@ class StoredActivation(KeepsDtype):
         if self.rule is None:
             return ops.fake_quantize(x, self.qparams(x), self.format, self.granularity)
         rule = self.rule, self.format, self.granularity, self.scale_dtype
-        return straight_through(x, ops.fake_quantize_dynamic(x, *rule, self.codebook))
+        return ops.fake_quantize_dynamic(x, *rule, self.codebook)
 
     def qparams(self, x: Tensor) -> QParams:
         """The stored qparams, or those that the rule finds for `x`."""

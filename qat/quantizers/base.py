@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from qat.errors import InputError
 from qat.kernels import ops
 from qat.kernels.linear import fake_quantized_linear
+from qat.kernels.rule_linear import rule_quantized_linear
 from qat.numerics.finite import all_finite
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
@@ -130,7 +131,7 @@ class Quantizer(Masked, ABC):
         if self.rule is not None and self.follows_rule:
             codebook = getattr(self, "codebook", None)
             rule = self.rule, self.format, self.granularity, self.scale_dtype
-            return straight_through(x, ops.fake_quantize_dynamic(x, *rule, codebook))
+            return ops.fake_quantize_dynamic(x, *rule, codebook)
         qparams = self.ready_qparams(x)
         if self.clips:
             return ops.fake_quantize(x, qparams, self.format, self.granularity)
@@ -160,9 +161,13 @@ class Quantizer(Masked, ABC):
         """y = x @ self(weight)^T + bias, with one byte a weight kept for the backward pass."""
         if not self.enabled:
             return F.linear(x, self.masked(weight), bias)
+        pruned = self.mask, self.dense_gradient
+        if self.rule is not None and self.follows_rule and not ops.keeps_codes(weight):
+            rule = ops.rule_arguments(self.rule, self.format, self.scale_dtype, getattr(self, "codebook", None))
+            return rule_quantized_linear(x, weight, bias, rule, self.granularity, *pruned)
         qparams, codes = self._of_weight(weight)
         grid = qparams, self.format, self.granularity, self.clips
-        return fake_quantized_linear(x, weight, bias, *grid, self.mask, self.dense_gradient, codes)
+        return fake_quantized_linear(x, weight, bias, *grid, *pruned, codes)
 
     def _of_weight(self, weight: Tensor) -> tuple[QParams, Tensor | None]:
         """The qparams of `weight`, and its codes where those of the step are kept."""

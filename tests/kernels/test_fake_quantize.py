@@ -124,11 +124,14 @@ def compare_dynamic_scales(device, rules=RULES, most=16384):
             x_hat = torch.empty(x.shape)
             reference.fake_quantize(x, x_hat, params._replace(codebook=table), format)
             there = None if table is None else table.to(device)
-            same(dynamic.fake_quantize(x.to(device), rule, dtype, there, format), x_hat, what)
+            out = torch.empty(x.shape, device=device)
+            dynamic.fake_quantize(x.to(device), out, rule, dtype, there, format)
+            same(out, x_hat, what)
             spoilt = x.clone()
             spoilt[-1, 3] = float("nan")  # a training that diverges must not look healthy
             if rule != "microscaling":
-                assert dynamic.fake_quantize(spoilt.to(device), rule, dtype, there, format)[-1].isnan().all()
+                dynamic.fake_quantize(spoilt.to(device), out, rule, dtype, there, format)
+                assert out[-1].isnan().all()
 
 
 CHECKS = {compare_codes_and_values: FORMATS, compare_gradients: LEARNED, compare_dynamic_scales: RULES}

@@ -161,9 +161,31 @@ def test_operators_are_well_formed():
     torch.library.opcheck(torch.ops.qat.restore_, (view, None, torch.empty(24, 48), *grid), test_utils=checks)
     backward = (torch.randn(24, 48), view, codes, torch.empty(24, 48), [True, True, True, False], *grid)
     torch.library.opcheck(torch.ops.qat.fake_quantize_backward_, backward, test_utils=checks)
-    rule = (view, "minmax", torch.bfloat16)
-    torch.library.opcheck(torch.ops.qat.fake_quantize_dynamic, (*rule, None, "uint4"), test_utils=checks)
-    torch.library.opcheck(torch.ops.qat.dynamic_params, (*rule, "uint4"), test_utils=checks)
+    rule = "minmax", torch.bfloat16
+    torch.library.opcheck(torch.ops.qat.fake_quantize_dynamic, (view, x.dtype, *rule, None, "uint4"), test_utils=checks)
+    restored = (view, torch.empty(24, 48), *rule, None, "uint4")
+    torch.library.opcheck(torch.ops.qat.restore_dynamic_, restored, test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.dynamic_params, (view, *rule, "uint4"), test_utils=checks)
+
+
+def test_past_the_dispatcher_everything_is_the_same(monkeypatch):
+    """On a GPU, where nobody watches."""
+
+    def computed():
+        torch.manual_seed(0)
+        found = []
+        for name, granularity in [("uint4", "per_group_16"), ("codebook8", "per_channel"), ("fp4_e2m1", "per_channel")]:
+            x, qparams, format, cut = case(name, granularity, (24, 48))
+            y = ops.fake_quantize(x, qparams, format, cut)
+            found += [y, *torch.autograd.grad(y.square().sum(), [x, qparams.scale])]
+        x = torch.randn(8, 32, requires_grad=True)
+        y = ops.fake_quantize_dynamic(x, "absmax", parse_format("int8"), parse_granularity("per_token"), torch.bfloat16)
+        return [*found, y, *torch.autograd.grad(y.square().sum(), x)]
+
+    expected = computed()
+    monkeypatch.setattr(ops, "_is_watched", lambda x: torch.is_grad_enabled())
+    for a, b in zip(computed(), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_scale_for_another_tensor_is_refused():

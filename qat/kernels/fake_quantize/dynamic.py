@@ -182,12 +182,14 @@ def takes(x: Tensor, rule: str) -> bool:
     return rule in RULES and x.numel() > 0 and (x.shape[1] <= _MOST or len(x) >= _ENOUGH)
 
 
-def fake_quantize(x: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: Format) -> Tensor:
-    """What `x` `[groups, elements]` is on the grid whose scales follow from x by one of RULES."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    unused = x.new_empty(0)
-    _launch(x, out, unused, unused, codebook, rule, scale_dtype, format, values=True)
-    return out
+def fake_quantize(
+    x: Tensor, out: Tensor, rule: str, scale_dtype: torch.dtype, codebook: Tensor | None, format: Format
+) -> None:
+    """Write what `x` `[groups, elements]` is on the grid whose scales follow from x by one of RULES to `out`."""
+    memory = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    _launch(x, memory, x, x, codebook, rule, scale_dtype, format, values=True)
+    if memory is not out:
+        out.copy_(memory)
 
 
 def params(x: Tensor, rule: str, scale_dtype: torch.dtype, format: Format) -> tuple[Tensor, Tensor]:
