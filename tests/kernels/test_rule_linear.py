@@ -50,3 +50,16 @@ def test_only_x_and_the_weight_are_kept(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         model(x)
     assert set(kept) == {x.data_ptr(), model[0].weight.data_ptr()}
+
+
+def test_compiled_layers_compute_the_same(monkeypatch):
+    monkeypatch.setattr(ops, "keeps_codes", lambda weight: False)
+    torch._dynamo.reset()
+    scheme = qat.Scheme(weight=WEIGHTS["int4"], input=partial(MinMaxQuantizer, bits=8, granularity="per_token"))
+    model = qat.prepare(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), scheme)
+    x = torch.randn(6, 64, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    expected = torch.autograd.grad(model(x).square().sum(), leaves)
+    found = torch.autograd.grad(torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum(), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
