@@ -25,25 +25,15 @@ from qat.numerics.qtensor import ViewParams
 TILE = 2048
 # Programs that fill a large GPU.
 _PROGRAMS = 1024
-# A codebook of so many entries has a sum for each of them in each thread, which then sees few elements at a time.
-FEW: tl.constexpr = tl.constexpr(16)
-_FEWER = 512
 
 
 @triton.jit
-def _members(code, share, entry, TABLE: tl.constexpr, WHOLE: tl.constexpr):
-    """What the members of each entry add to its sum, of `share` `[ROWS, WIDTH]`.
-
-    `[TABLE, ROWS, WIDTH]`, or with WHOLE summed over the tile already, `[TABLE, ROWS, 1]`.
-    """
-    if WHOLE:
-        sums = tl.zeros((TABLE, share.shape[0], 1), dtype=tl.float32)
-        for k in range(TABLE):
-            part = tl.sum(tl.where(code == k, share, 0.0), axis=1, keep_dims=True)
-            sums += tl.where(entry == k, part[None, :, :], 0.0)
-    else:
-        sums = tl.where(code[None, :, :] == entry, share[None, :, :], 0.0)
-    return sums
+def _members(code, share, total, entry, ENTRIES):
+    """`total` `[ROWS, entries]` with the sum over each entry's members of `share` `[ROWS, WIDTH]` added to it."""
+    for k in range(ENTRIES):
+        part = tl.sum(tl.where(code == k, share, 0.0), axis=1, keep_dims=True)
+        total = tl.where(entry == k, total + part, total)
+    return total
 
 
 @triton.jit
@@ -87,9 +77,8 @@ def _fake_quantize_backward(
         z = of_rows(zero_point, row, rows, 0.0)
     scale_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     zero_point_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
-    entry = tl.arange(0, TABLE)[:, None, None]
-    if NEED_CODEBOOK:
-        codebook_sum = tl.zeros((TABLE, ROWS, 1 if TABLE > FEW else WIDTH), dtype=tl.float32)
+    entry = tl.arange(0, TABLE)[None, :]
+    codebook_sum = tl.zeros((ROWS, TABLE), dtype=tl.float32)
     for step in range(STEPS):
         at, inside = tile_at(row, (piece * STEPS + step) * WIDTH, rows, columns, WIDTH)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
@@ -110,7 +99,7 @@ def _fake_quantize_backward(
         if NEED_VALUES:
             tl.store(x_hat + at, value.to(x_hat.dtype.element_ty), mask=inside)
         if NEED_CODEBOOK:
-            codebook_sum += _members(code, g * own_scale, entry, TABLE, TABLE > FEW)
+            codebook_sum = _members(code, g * own_scale, codebook_sum, entry, GRID[ENTRIES])
         clipped = g
         if CLIPS:
             clipped = tl.where((v >= low) & (v <= high), g, 0.0)
@@ -127,9 +116,7 @@ def _fake_quantize_backward(
     if NEED_ZERO_POINT:
         tl.store(zero_point_grad + out, zero_point_sum * s, mask=valid)
     if NEED_CODEBOOK:
-        at = (codebook_grad + out * GRID[ENTRIES])[None, :, :] + entry
-        totals = tl.sum(codebook_sum, axis=2, keep_dims=True)
-        tl.store(at, totals, mask=valid[None, :, :] & (entry < GRID[ENTRIES]))
+        tl.store(codebook_grad + out * GRID[ENTRIES] + entry, codebook_sum, mask=valid & (entry < GRID[ENTRIES]))
 
 
 def fake_quantize_backward(
@@ -172,8 +159,7 @@ def _pass(
     groups, elements = x.shape
     sharing = per_table(params, groups) if needs[3] else 1
     rows, columns = groups // sharing, elements * sharing
-    sums_in_threads = needs[3] and _entries(params) <= FEW.value
-    cut = tiling(rows, columns, _FEWER if sums_in_threads else TILE, _PROGRAMS)
+    cut = tiling(rows, columns, TILE, _PROGRAMS)
     sums = [
         x.new_empty((cut.pieces, rows, param.shape[1]) if need and param is not None else 0, dtype=torch.float32)
         for param, need in zip(params[:3], needs[1:], strict=True)

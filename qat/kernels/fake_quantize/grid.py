@@ -139,44 +139,45 @@ def _number(code, GRID: tl.constexpr):
 
 
 @triton.jit
-def _entry(v, table, GRID: tl.constexpr):
-    """The code of the entry nearest to `v`, and its value: a search by halving, a comparison for each bit.
+def _boundary(table, K: tl.constexpr, COUNT: tl.constexpr):
+    """Halfway between the entries before and at K, `[ROWS, 1]`; beyond the last, infinity."""
+    last: tl.constexpr = min(K, COUNT - 1)
+    middle = (tl.load(table + last - 1) + tl.load(table + last)) / 2
+    return middle if K < COUNT else tl.full(middle.shape, float("inf"), tl.float32)
 
-    The boundaries of the first two bits are the same for a whole row. The others are picked from boundaries that are
-    read once for a tile, infinite beyond the last; so is the value.
+
+@triton.jit
+def _entry(v, table, GRID: tl.constexpr):
+    """The code of the entry nearest to `v`, and its value: a search by halving.
+
+    Each comparison settles a bit. The boundaries of the first two are the same for a whole row; the others are read
+    from where the codebook lies, one cache line for all of a warp, and the last of them has read the value.
     """
     COUNT: tl.constexpr = GRID[ENTRIES]
     HIGHEST: tl.constexpr = GRID[HALF]
-    place = tl.arange(0, 2 * HIGHEST)[None, :]
-    entries = tl.load(table + tl.minimum(place, COUNT - 1))
-    before = tl.load(table + tl.minimum(tl.maximum(place - 1, 0), COUNT - 1))
-    boundaries = tl.where(place < COUNT, (before + entries) / 2, float("inf"))
-    upper = v > _column(boundaries, place, HIGHEST)
+    upper = v > _boundary(table, HIGHEST, COUNT)
     code = tl.where(upper, HIGHEST, 0)
-    if HIGHEST > 1:
+    if HIGHEST == 1:
+        value = tl.where(upper, tl.load(table + 1), tl.load(table))
+    else:
         NEXT: tl.constexpr = HIGHEST // 2
-        low = _column(boundaries, place, NEXT)
-        high = _column(boundaries, place, HIGHEST + NEXT)
-        code = tl.where(v > tl.where(upper, high, low), code + NEXT, code)
+        boundary = tl.where(upper, _boundary(table, HIGHEST + NEXT, COUNT), _boundary(table, NEXT, COUNT))
+        passed = v > boundary
+        code = tl.where(passed, code + NEXT, code)
+        value = v
         LEFT: tl.constexpr = GRID[BITS_LEFT]
         for bit in tl.static_range(LEFT):
-            further = code + (HIGHEST >> (bit + 2))
-            code = tl.where(v > _pick(boundaries, further), further, code)
-    return code, _pick(entries, code)
-
-
-@triton.jit
-def _column(values, place, K):
-    """Column K of `values`, `[ROWS, 1]`."""
-    return tl.sum(tl.where(place == K, values, 0.0), axis=1, keep_dims=True)
-
-
-@triton.jit
-def _pick(values, at):
-    """Of each row of `values` `[ROWS, entries]` those at `at` `[ROWS, WIDTH]`.
-
-    As one long row: Triton 3.6 cannot gather from a few short ones.
-    """
-    row = tl.arange(0, values.shape[0])[:, None] * values.shape[1]
-    found = tl.gather(tl.reshape(values, [values.numel]), tl.reshape(at + row, [at.numel]), axis=0)
-    return tl.reshape(found, at.shape)
+            step = HIGHEST >> (bit + 2)
+            own = table + code
+            if COUNT == 2 * HIGHEST:
+                below = tl.load(own + (step - 1))
+                above = tl.load(own + step)
+            else:
+                below = tl.load(own + (step - 1), mask=code + (step - 1) < COUNT, other=float("inf"))
+                above = tl.load(own + step, mask=code + step < COUNT, other=float("inf"))
+            passed = v > (below + above) / 2
+            code = tl.where(passed, code + step, code)
+            value = tl.where(passed, above, below)
+        if HIGHEST == 2:
+            value = tl.load(table + code)
+    return code, value
