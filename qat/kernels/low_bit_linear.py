@@ -9,10 +9,9 @@ from torch.autograd.function import once_differentiable
 from qat.kernels import ops
 from qat.kernels.linear import compute_dtype, masked
 from qat.kernels.scaled_product.operand import Operand
-from qat.numerics.dynamic import absmax_params
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, scale_down
+from qat.numerics.qtensor import QParams
 
 PRODUCTS = ("forward", "dgrad", "wgrad")
 
@@ -141,26 +140,22 @@ def _dgrad(g: Tensor, w_codes: Tensor, w_scale: Tensor, how: LowBit) -> Tensor:
     """dx_hat `[tokens, in]`."""
     if how.grad is None or "dgrad" not in how.products:
         return g @ _values(w_codes, w_scale, how.weight, g.dtype)
-    gradient = _quantized(g.to(torch.float32) * w_scale.reshape(1, -1), how.grad)
-    return ops.scaled_product(gradient, Operand(w_codes.T, None, how.weight.format), g.dtype)
+    gradient = _quantized(g, w_scale.reshape(1, -1), how.grad, transpose=False)
+    return ops.scaled_product(gradient, Operand(ops.transposed_codes(w_codes), None, how.weight.format), g.dtype)
 
 
 def _wgrad(g: Tensor, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
     """dW_hat `[out, in]`."""
     if how.grad is None or "wgrad" not in how.products:
         return g.T @ _values(x_codes, x_scale, how.input, g.dtype)
-    gradient = _quantized((g.to(torch.float32) * x_scale).T, how.grad)
-    return ops.scaled_product(gradient, Operand(x_codes.T, None, how.input.format), g.dtype)
+    gradient = _quantized(g, x_scale, how.grad, transpose=True)
+    return ops.scaled_product(gradient, Operand(ops.transposed_codes(x_codes), None, how.input.format), g.dtype)
 
 
-def _quantized(g: Tensor, grid: GradGrid) -> Operand:
-    """`g` `[rows, k]` float32 as codes. In plain PyTorch, so that a compiler makes it a pass or two."""
-    view = grid.granularity.view(g)
-    params = absmax_params(view, grid.format, grid.scale_dtype)
-    v = scale_down(view, params)
-    noise = torch.rand_like(v) if grid.stochastic else None
-    codes = grid.format.encode_(v, None, noise).to(grid.format.code_dtype)
-    return Operand(codes.view(g.shape), params.scale, grid.format)
+def _quantized(g: Tensor, factor: Tensor, grid: GradGrid, transpose: bool) -> Operand:
+    """g * factor, or its transpose, as codes."""
+    codes, scale = ops.gradient_codes(g, factor, *grid, transpose)
+    return Operand(codes, scale, grid.format)
 
 
 def _values(codes: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

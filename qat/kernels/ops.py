@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.errors import InputError
 from qat.kernels.codebook_means import reference as codebook_means
 from qat.kernels.fake_quantize import reference
+from qat.kernels.operand_codes import reference as operand_codes
 from qat.kernels.scaled_product import reference as plain_product
 from qat.kernels.scaled_product import tensor_cores
 from qat.kernels.scaled_product.operand import Operand
@@ -23,7 +24,7 @@ from qat.kernels.siblings import once_for_siblings
 from qat.numerics import functional
 from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
-from qat.numerics.granularity import Granularity
+from qat.numerics.granularity import Granularity, PerTensor, PerToken
 from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
 from qat.numerics.ste import straight_through
 from qat.scratch import scratch
@@ -194,6 +195,53 @@ def _dynamic_params_fake(x: Tensor, rule: str, scale_dtype: torch.dtype, format:
     return scale, torch.empty_like(scale) if rule == "minmax" else scale.new_empty(0)
 
 
+def _row_codes(
+    x: Tensor, factor: Tensor | None, seed: Tensor | None, scale_dtype: torch.dtype, format: str
+) -> tuple[Tensor, Tensor]:
+    grid = parse_format(format)
+    if not _in_triton(x, grid):
+        return operand_codes.row_codes(x, factor, _noise(seed, x.shape), scale_dtype, grid)
+    from qat.kernels.operand_codes import rows
+
+    return rows.row_codes(x, factor, seed, scale_dtype, grid)
+
+
+def _column_codes(
+    x: Tensor, factor: Tensor, seed: Tensor | None, scale_dtype: torch.dtype, format: str
+) -> tuple[Tensor, Tensor]:
+    grid = parse_format(format)
+    if not _in_triton(x, grid):
+        return operand_codes.column_codes(x, factor, _noise(seed, x.T.shape), scale_dtype, grid)
+    from qat.kernels.operand_codes import columns
+
+    return columns.column_codes(x, factor, seed, scale_dtype, grid)
+
+
+def _noise(seed: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """Other numbers than the kernels draw, from the same seed."""
+    if seed is None:
+        return None
+    generator = torch.Generator(seed.device).manual_seed(int(seed))
+    return torch.rand(shape, generator=generator, device=seed.device)
+
+
+def _row_codes_fake(x: Tensor, factor: Tensor | None, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=parse_format(grid[-1]).code_dtype)
+    return codes, x.new_empty((len(x), 1), dtype=torch.float32)
+
+
+def _column_codes_fake(x: Tensor, factor: Tensor, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
+    return _row_codes_fake(x.new_empty((x.shape[1], x.shape[0])), factor, seed, *grid)
+
+
+def _transposed(codes: Tensor) -> Tensor:
+    if not codes.is_cuda or not _HAS_TRITON or _references_only:
+        return operand_codes.transposed(codes)
+    from qat.kernels.operand_codes.transposed import transposed
+
+    return transposed(codes)
+
+
 def _lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
     if not x.is_cuda or not _HAS_TRITON or _references_only:
         return codebook_means.lloyd_step_(x, scale, codebook, importance)
@@ -240,6 +288,12 @@ restore_dynamic_view_ = _operator(
 )
 _dynamic_params_of_view = _operator(
     f"dynamic_params(Tensor x, {_RULE}, str format) -> (Tensor, Tensor)", _dynamic_params, _dynamic_params_fake
+)
+_CODES = "Tensor? seed, ScalarType scale_dtype, str format) -> (Tensor, Tensor)"
+_row_codes_of = _operator(f"row_codes(Tensor x, Tensor? factor, {_CODES}", _row_codes, _row_codes_fake)
+_column_codes_of = _operator(f"column_codes(Tensor x, Tensor factor, {_CODES}", _column_codes, _column_codes_fake)
+_transposed_codes = _operator(
+    "transposed_codes(Tensor codes) -> Tensor", _transposed, lambda codes: codes.new_empty(codes.shape[::-1])
 )
 _lloyd_step_ = _operator(
     "lloyd_step_(Tensor x, Tensor scale, Tensor(a!) codebook, Tensor? importance) -> ()",
@@ -389,27 +443,80 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
     return granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
 
 
-def codes_to_multiply(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
-    """As `quantize`; a compiler sees plain PyTorch and fuses it with what makes x, which then is written nowhere."""
-    if torch.compiler.is_compiling():
+def codes_to_multiply(
+    x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stored: bool = False
+) -> Tensor:
+    """As `quantize`; a compiler sees plain PyTorch and fuses it with what makes x, which then is written nowhere.
+
+    `stored`: x is a weight, which nothing makes. On a GPU its codes come from our kernels under a compiler too.
+    """
+    if _left_to_a_compiler(x, format, stored):
         return functional.quantize(x.detach(), qparams, format, granularity).codes
     return quantize(x.detach(), qparams, format, granularity)
 
 
 def dynamic_codes_to_multiply(
-    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype
+    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype, stored: bool = False
 ) -> tuple[Tensor, QParams]:
     """Codes of `x` under the scale that `rule` finds for it, and that; once for layers that stand side by side."""
 
     def computed() -> tuple[Tensor, QParams]:
-        if torch.compiler.is_compiling():
+        shape = granularity.param_shape(x.shape)
+        if _left_to_a_compiler(x, format, stored):
             found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
-            qparams = QParams(found.scale.reshape(granularity.param_shape(x.shape)))
+            qparams = QParams(found.scale.reshape(shape))
+        elif rule == "absmax" and granularity != PerTensor() and _in_triton(x, format):
+            codes, scale = _row_codes_of(granularity.view(x.detach()), None, None, scale_dtype, format.name)
+            return granularity.unview(codes, x.shape), QParams(scale.reshape(shape))
         else:
             qparams = dynamic_qparams(x, rule, format, granularity, scale_dtype)
-        return codes_to_multiply(x, qparams, format, granularity), qparams
+        return codes_to_multiply(x, qparams, format, granularity, stored), qparams
 
     return once_for_siblings(x, ("codes", rule, format.name, granularity, scale_dtype), computed)
+
+
+def _left_to_a_compiler(x: Tensor, format: Format, stored: bool) -> bool:
+    return torch.compiler.is_compiling() and not (stored and _in_triton(x, format))
+
+
+def gradient_codes(
+    g: Tensor,
+    factor: Tensor,
+    format: Format,
+    granularity: Granularity,
+    scale_dtype: torch.dtype,
+    stochastic: bool,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of g * factor, or of its transpose: the gradient as a product takes it.
+
+    On a GPU kernels find them, under a compiler too, which would sum along tokens slowly. They draw from a seed that
+    torch's generator draws, so that `torch.manual_seed` repeats them and nobody waits for the device. Elsewhere, and
+    with one scale for the whole gradient, plain PyTorch does.
+
+    Args:
+        g: `[tokens, out]`.
+        factor: float32, `[1, out]`, transposed `[tokens, 1]`, or `[1, 1]`.
+        granularity: per token (of what is returned) or per tensor.
+        transpose: whether to return codes `[out, tokens]`.
+
+    Returns:
+        codes `[tokens, out]` or `[out, tokens]`, and scales `[rows, 1]` or `[1, 1]` of them.
+    """
+    if granularity == PerToken() and _in_triton(g, format):
+        seed = torch.randint(2**62, (1,), device=g.device) if stochastic else None
+        operator = _column_codes_of if transpose else _row_codes_of
+        found: tuple[Tensor, Tensor] = operator(g, factor, seed, scale_dtype, format.name)
+        return found
+    shape = g.T.shape if transpose else g.shape
+    noise = torch.rand(shape, device=g.device) if stochastic else None
+    plain = operand_codes.column_codes if transpose else operand_codes.row_codes
+    return plain(g, factor, noise, scale_dtype, format, granularity)
+
+
+def transposed_codes(codes: Tensor) -> Tensor:
+    """`codes` `[rows, k]`, a byte each, as `[k, rows]`: contiguous on a GPU, elsewhere a view that a compiler fuses."""
+    return _transposed_codes(codes) if codes.is_cuda and _HAS_TRITON and not _references_only else codes.T
 
 
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:

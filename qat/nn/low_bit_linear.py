@@ -58,7 +58,7 @@ class LowBitLinear(QuantLinear):
             self.weight,
             self.bias,
             self.input_quantizer.codes(input),
-            weight.codes(self.weight),
+            weight.codes(self.weight, stored=True),
             self.how,
             weight.mask,
             weight.dense_gradient,

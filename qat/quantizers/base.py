@@ -177,13 +177,16 @@ class Quantizer(Masked, ABC):
         return self.step_codes.of(detached, self.ready_qparams, self.rule is not None, self.format, self.granularity)
 
     @final
-    def codes(self, x: Tensor) -> tuple[Tensor, QParams]:
-        """What a product of codes multiplies: those of `x`, and their qparams, differentiable to what is learned."""
+    def codes(self, x: Tensor, stored: bool = False) -> tuple[Tensor, QParams]:
+        """What a product of codes multiplies: those of `x`, and their qparams, differentiable to what is learned.
+
+        `stored`: x is a weight, not what an operator before has just made.
+        """
         x = self.masked(x)
         if self.rule is not None and self.follows_rule:
-            return ops.dynamic_codes_to_multiply(x, self.rule, self.format, self.granularity, self.scale_dtype)
+            return ops.dynamic_codes_to_multiply(x, self.rule, self.format, self.granularity, self.scale_dtype, stored)
         qparams = self.ready_qparams(x)
-        return ops.codes_to_multiply(x, qparams, self.format, self.granularity), qparams
+        return ops.codes_to_multiply(x, qparams, self.format, self.granularity, stored), qparams
 
     @final
     @torch.no_grad()

@@ -6,19 +6,16 @@ A group is read once where it fits a tile, otherwise twice, the second time most
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.grid import ENTRIES, KIND, grid_constants, nearest, whole
+from qat.kernels.fake_quantize.scales import at_least, at_most, covering_scale, rounded_up, storage_constants
 from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
 from qat.kernels.launch import launch
 from qat.numerics.formats import FloatFormat, Format
-from qat.numerics.ste import smallest_scale
 
 RULES = ("absmax", "minmax", "microscaling")
 TILE = 2048
@@ -42,41 +39,6 @@ def _extremes(x, inside, least, most):
 
 
 @triton.jit
-def _at_most(value, bound):
-    """The lesser of both, or NaN."""
-    return tl.where(value > bound, bound, value)
-
-
-@triton.jit
-def _at_least(value, bound):
-    """The greater of both, or NaN."""
-    return tl.where(value < bound, bound, value)
-
-
-@triton.jit
-def _stored(value, STORAGE: tl.constexpr):
-    """`value` >= 0, rounded to nearest in bfloat16, float16 or float32, as float32."""
-    if STORAGE == "bfloat16":
-        # By its bits, because Triton's interpreter does not round.
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
-        stored = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    elif STORAGE == "float16":
-        stored = value.to(tl.float16).to(tl.float32)
-    else:
-        stored = value
-    return stored
-
-
-@triton.jit
-def _rounded_up(value, EPS: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, STORAGE: tl.constexpr):
-    """As `qat.numerics.ste.round_up_to_storage`."""
-    nearest = _stored(value, STORAGE)
-    above = _stored(_at_least(value * (1 + EPS / 2), value + SMALLEST / 2), STORAGE)
-    return _at_most(_at_least(tl.where(nearest < value, above, nearest), SMALLEST), LARGEST)
-
-
-@triton.jit
 def _params(
     least,
     most,
@@ -94,16 +56,14 @@ def _params(
     largest = _ordered(most).to(tl.float32, bitcast=True)
     zero_point = tl.zeros_like(smallest)
     if RULE == "minmax":
-        smallest, largest = _at_most(smallest, 0.0), _at_least(largest, 0.0)
+        smallest, largest = at_most(smallest, 0.0), at_least(largest, 0.0)
         steps = tl.zeros_like(smallest) + (high - low)
-        scale = _rounded_up(tl.div_rn(largest - smallest, steps), EPS, SMALLEST, LARGEST, STORAGE)
-        zero_point = _at_most(_at_least(whole(low - tl.div_rn(smallest, scale)), low), high)
+        scale = rounded_up(tl.div_rn(largest - smallest, steps), EPS, SMALLEST, LARGEST, STORAGE)
+        zero_point = at_most(at_least(whole(low - tl.div_rn(smallest, scale)), low), high)
     else:
-        extreme = _at_least(largest, -smallest)
+        extreme = at_least(largest, -smallest)
         if RULE == "absmax":
-            scale = tl.div_rn(extreme, tl.zeros_like(extreme) + high)
-            scale = tl.where(tl.div_rn(extreme, scale) > high, scale * 1.00000011920928955078125, scale)
-            scale = _rounded_up(scale, EPS, SMALLEST, LARGEST, STORAGE)
+            scale = covering_scale(extreme, high, EPS, SMALLEST, LARGEST, STORAGE)
         else:
             exponent = (extreme.to(tl.int32, bitcast=True) >> 23) - 127 - EXPONENT
             exponent = tl.minimum(tl.maximum(exponent, -126), 127)
@@ -217,7 +177,8 @@ def _launch(
     constants = {
         "GRID": grid_constants(format),
         "RULE": rule,
-        **_storage(scale_dtype, format),
+        **storage_constants(scale_dtype),
+        "EXPONENT": format.largest_exponent if isinstance(format, FloatFormat) else 0,
         "VALUES": values,
         "ROWS": cut.rows,
         "WIDTH": cut.width,
@@ -232,14 +193,3 @@ def _launch(
         constants,
         max(4, min(16, cut.width // 1024)),
     )
-
-
-@lru_cache
-def _storage(dtype: torch.dtype, format: Format) -> dict[str, Any]:
-    """What rounding a scale up to `dtype` needs to know."""
-    exponent = format.largest_exponent if isinstance(format, FloatFormat) else 0
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):  # microscaling rounds by its own rule
-        return {"EPS": 0.0, "SMALLEST": 0.0, "LARGEST": 0.0, "STORAGE": "exponent", "EXPONENT": exponent}
-    info = torch.finfo(dtype)
-    ends = {"EPS": info.eps, "SMALLEST": smallest_scale(dtype), "LARGEST": info.max}
-    return ends | {"STORAGE": str(dtype).removeprefix("torch."), "EXPONENT": exponent}

@@ -71,6 +71,12 @@ def encode(v, table, GRID: tl.constexpr):
 
 
 @triton.jit
+def drawn(v, noise, GRID: tl.constexpr):
+    """Codes of `v` rounded at random by `noise`, as `Format.encode` does; round and float, the grids of gradients."""
+    return _drawn_pattern(v, noise, GRID) if GRID[KIND] == "float" else _drawn_cell(v, noise, GRID)
+
+
+@triton.jit
 def nearest(v, table, GRID: tl.constexpr):
     """Values of the grid nearest to `v`: what `decode` makes of its codes."""
     if GRID[KIND] == "codebook":
@@ -115,17 +121,39 @@ def _cell(v, GRID: tl.constexpr):
 
 
 @triton.jit
+def _drawn_cell(v, noise, GRID: tl.constexpr):
+    value = tl.minimum(tl.maximum(tl.floor(v + noise), GRID[LEAST] + GRID[ZERO]), GRID[MOST] + GRID[ZERO])
+    return value - GRID[ZERO]
+
+
+@triton.jit
 def _pattern(v, GRID: tl.constexpr):
-    bits = v.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    exponent, steps = _steps(v, GRID)
+    return _assembled(v, exponent, (steps + _WHOLE).to(tl.int32, bitcast=True) & 0x3FFFFF, GRID)
+
+
+@triton.jit
+def _drawn_pattern(v, noise, GRID: tl.constexpr):
+    exponent, steps = _steps(v, GRID)
+    return _assembled(v, exponent, tl.floor(steps + noise).to(tl.int32), GRID)
+
+
+@triton.jit
+def _steps(v, GRID: tl.constexpr):
+    """The exponent of each number, and how many times the spacing of the grid there it is, without its sign."""
+    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     # Below the normal numbers the spacing stays the same.
     exponent = tl.maximum((magnitude >> 23) - 127, GRID[EXPONENT])
     per_spacing = ((127 + GRID[MANTISSA] - exponent) << 23).to(tl.float32, bitcast=True)
-    steps = magnitude.to(tl.float32, bitcast=True) * per_spacing
-    count = (steps + _WHOLE).to(tl.int32, bitcast=True) & 0x3FFFFF
+    return exponent, magnitude.to(tl.float32, bitcast=True) * per_spacing
+
+
+@triton.jit
+def _assembled(v, exponent, count, GRID: tl.constexpr):
+    """The bit pattern of `count` spacings at `exponent`, with the sign of `v`."""
     # A carry into the next exponent is the right code by itself.
     code = tl.minimum(count + ((exponent - GRID[EXPONENT]) << GRID[MANTISSA]), GRID[MOST])
-    return tl.where(bits < 0, code + (1 << (GRID[BITS] - 1)), code)
+    return tl.where(v.to(tl.int32, bitcast=True) < 0, code + (1 << (GRID[BITS] - 1)), code)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Codes as products take them: scaled, row-major along what is summed."""
