@@ -88,6 +88,7 @@ def _options(backend: str) -> dict[str, Any] | None:
     """
     if backend != "inductor":
         return None
-    # The option has moved between versions of torch.
-    division = [name for name in torch._inductor.list_options() if name.endswith("division_rounding")]
+    # The option has moved between versions of torch, and was misspelt.
+    names = ("division_rounding", "divison_rounding")
+    division = [name for name in torch._inductor.list_options() if name.endswith(names)]
     return dict.fromkeys(["emulate_precision_casts", *division], True)
