@@ -119,16 +119,16 @@ def compare_layers(device):
     """A layer that takes codes from the kernels computes what one does that takes them from PyTorch."""
     from tests.nn.test_low_bit_linear import BACKWARD, gradients, layer_of
 
-    launched, before = [], ops._in_triton
+    launched, before = [], ops._runs_triton
     for name in BACKWARD:
         torch.manual_seed(0)
         layer, x, g = layer_of(BACKWARD[name], 32, 24).to(device), torch.randn(3, 9, 32), torch.randn(3, 9, 24)
         layer.how = layer.how._replace(grad=layer.how.grad._replace(stochastic=False))
-        ops._in_triton = lambda *_: launched.append(1) or True
+        ops._runs_triton = lambda _: launched.append(1) or True
         y, found = gradients(layer, x.to(device), g.to(device))
-        ops._in_triton = lambda *_: False
+        ops._runs_triton = lambda _: False
         expected_y, expected = gradients(layer, x.to(device), g.to(device))
-        ops._in_triton = before
+        ops._runs_triton = before
         assert launched
         torch.testing.assert_close(y, expected_y)
         for key, value in expected.items():
