@@ -88,7 +88,6 @@ def _options(backend: str) -> dict[str, Any] | None:
     """
     if backend != "inductor":
         return None
-    # The option has moved between versions of torch, and was misspelt.
-    names = ("division_rounding", "divison_rounding")
-    division = [name for name in torch._inductor.list_options() if name.endswith(names)]
+    # The option has moved between versions of torch.
+    division = [name for name in torch._inductor.list_options() if name.endswith("division_rounding")]
     return dict.fromkeys(["emulate_precision_casts", *division], True)
