@@ -14,7 +14,7 @@ activations with a zero point, because it has no others).
 every weight. `ours-w8a8` has 8 bits and a scale for every row and token, fake-quantized; `-int8` and `-fp8` multiply
 their codes in the forward pass, and `ours-w8a8g8-...` in all three products, with gradients rounded at random. Each arm
 is a process of its own; its first loss is compared with that of the references.
-`quantize_share` is what the kernels of fake quantization take of the time that a step keeps the GPU busy.
+`quantize_share` is what our kernels take of the time that a step keeps the GPU busy.
 """
 
 import argparse
@@ -64,6 +64,7 @@ EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 SHAPES = {"1b": LARGE, "8b4": EIGHT, "toy": TINY}
 _WARM_UP = 4
+_KERNELS = ("_fake_quantize", "_row_codes", "_column_", "_transposed_codes")
 
 
 def main() -> None:
@@ -164,7 +165,7 @@ def quantize_share(step: Callable[[], None]) -> float:
         step()
         torch.cuda.synchronize()
     times = {event.key: event.self_device_time_total for event in recorded.key_averages()}
-    return sum(time for name, time in times.items() if name.startswith("_fake_quantize")) / sum(times.values())
+    return sum(time for name, time in times.items() if name.startswith(_KERNELS)) / sum(times.values())
 
 
 def compile_blocks(model: LlamaForCausalLM, backend: str) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, loss, mixed, pruning, recipe
+from benchmarks import grids, kv_cache, loss, low_bit_step, mixed, pruning, recipe
 from qat.planning import integers, planned_layers, storage
 from tests.conftest import tiny_llama
 
@@ -134,3 +134,12 @@ def test_loss():
     assert rows["plain"]["speed_ratio"] == 1
     assert rows["chunked"]["gradient_error"] < 1e-5
     assert rows["chunked"]["ms"] > 0
+
+
+def test_low_bit_step(monkeypatch, capsys):
+    monkeypatch.setattr(low_bit_step, "record", None)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--tiny"])
+    low_bit_step.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 + 2 * (8 + 1)
+    assert all("'us': " in line for line in lines)

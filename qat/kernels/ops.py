@@ -47,8 +47,12 @@ def reference_kernels() -> Iterator[None]:
         _references_only = before
 
 
+def _runs_triton(x: Tensor) -> bool:
+    return x.is_cuda and _HAS_TRITON and not _references_only
+
+
 def _in_triton(x: Tensor, format: Format) -> bool:
-    return x.is_cuda and _HAS_TRITON and not _references_only and not isinstance(format, VectorFormat)
+    return _runs_triton(x) and not isinstance(format, VectorFormat)
 
 
 def _operator(
@@ -235,7 +239,7 @@ def _column_codes_fake(x: Tensor, factor: Tensor, seed: Tensor | None, *grid: An
 
 
 def _transposed(codes: Tensor) -> Tensor:
-    if not codes.is_cuda or not _HAS_TRITON or _references_only:
+    if not _runs_triton(codes):
         return operand_codes.transposed(codes)
     from qat.kernels.operand_codes.transposed import transposed
 
@@ -243,7 +247,7 @@ def _transposed(codes: Tensor) -> Tensor:
 
 
 def _lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
-    if not x.is_cuda or not _HAS_TRITON or _references_only:
+    if not _runs_triton(x):
         return codebook_means.lloyd_step_(x, scale, codebook, importance)
     from qat.kernels.codebook_means import triton
 
@@ -516,7 +520,7 @@ def gradient_codes(
 
 def transposed_codes(codes: Tensor) -> Tensor:
     """`codes` `[rows, k]`, a byte each, as `[k, rows]`: contiguous on a GPU, elsewhere a view that a compiler fuses."""
-    return _transposed_codes(codes) if codes.is_cuda and _HAS_TRITON and not _references_only else codes.T
+    return _transposed_codes(codes) if _runs_triton(codes) else codes.T
 
 
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:

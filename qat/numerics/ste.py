@@ -3,6 +3,7 @@
 Estimating or Propagating Gradients Through Stochastic Neurons (Bengio et al., arXiv 1308.3432).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def round_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
 
     Scales and codebooks pass through here before every use, so that what trains is what ships.
     """
-    return straight_through(value, value.detach().to(dtype).to(torch.float32))
+    return straight_through(value, _nearest(value.detach(), dtype))
 
 
 def round_up_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,10 +46,32 @@ def round_up_to_storage(value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     info = torch.finfo(dtype)
     least = smallest_scale(dtype)
-    nearest = value.to(dtype)
-    above = torch.maximum(value * (1 + info.eps / 2), value + least / 2).to(dtype)
-    rounded = torch.where(nearest.to(torch.float32) < value, above, nearest)
-    return rounded.clamp(min=least, max=info.max).to(torch.float32)
+    nearest = _nearest(value, dtype)
+    above = _nearest(torch.maximum(value * (1 + info.eps / 2), value + least / 2), dtype)
+    return torch.where(nearest < value, above, nearest).clamp(min=least, max=info.max)
+
+
+def _nearest(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of `dtype` nearest to each `value`, ties to even, in float32."""
+    if torch.compiler.is_dynamo_compiling() and value.dtype == torch.float32 and dtype in _DROPPED:
+        return _nearest_by_bits(value, dtype)
+    return value.to(dtype).to(torch.float32)
+
+
+# Bits that the mantissa of a float32 has more.
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+
+
+def _nearest_by_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `_nearest`, without a pair of conversions: some versions of inductor drop that, and so the rounding."""
+    dropped, bits, magnitude = _DROPPED[dtype], value.view(torch.int32), value.abs()
+    half_up = bits + ((1 << (dropped - 1)) - 1) + ((bits >> dropped) & 1)
+    rounded = ((half_up >> dropped) << dropped).view(torch.float32)
+    if dtype == torch.float16:
+        # Below its normal numbers it is spaced as float32 is from one half on.
+        rounded = torch.where(magnitude < 2**-14, torch.copysign((magnitude + 0.5) - 0.5, value), rounded)
+        rounded = torch.where(magnitude >= 65520, torch.copysign(torch.full_like(value, math.inf), value), rounded)
+    return torch.where(value.isnan(), value, rounded)
 
 
 def smallest_scale(dtype: torch.dtype) -> float:

@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import qat
 from qat.errors import InputError
@@ -197,6 +199,38 @@ def test_every_product_is_one_that_a_gpu_takes(name, sizes, dtype, strict_produc
     assert (y - expected_y).norm() < 0.01 * expected_y.norm()
     for key in ("x", "weight"):
         assert (found[key] - expected[key]).norm() < rounding * expected[key].norm()
+
+
+OPERATORS = {
+    "int8": (["row_codes"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
+    "int8, per tensor": (["row_codes"], ["transposed_codes"] * 2),
+    "w4a8": (["quantize"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
+    "fp8": (["row_codes"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_on_a_gpu_a_compiler_is_given_the_kernels_of_weights_and_gradients(name, monkeypatch):
+    """And fuses the codes of activations with what makes these. The graph is one, without breaks."""
+    monkeypatch.setattr(ops, "_runs_triton", lambda _: torch.compiler.is_dynamo_compiling())
+    torch._dynamo.reset()
+    graphs = []
+
+    def note(graph, _):
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        named = [call.name().removeprefix("qat::") for call in calls if getattr(call, "namespace", "") == "qat"]
+        graphs.append([call for call in named if call.split("_")[0] in ("row", "column", "transposed", "quantize")])
+        return make_boxed_func(graph.forward)
+
+    layer, x, g = layer_of(BACKWARD[name], 32, 24), torch.randn(5, 32), torch.randn(5, 24)
+    expected_y = layer(x)
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True)
+    y, found = gradients(compiled, x, g)
+    torch.testing.assert_close(y, expected_y)
+    assert tuple(graphs) == OPERATORS[name]
+    layer.grad_quantizer.enabled = False
+    _, expected = gradients(layer.eval(), x, g)
+    assert (found["x"] - expected["x"]).norm() < 0.3 * expected["x"].norm()
 
 
 def bytes_kept(layers, x):

@@ -60,6 +60,24 @@ def test_scales_are_rounded_up_to_storage(dtype):
     assert torch.equal(round_to_storage(rounded, dtype), rounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_compiler_finds_no_conversions_of_scales_to_drop(dtype):
+    """Inductor of torch 2.11 takes float32 -> bfloat16 -> float32 for nothing."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    between = every.view(torch.int32) + torch.tensor([[0], [1], [-1], [0x800], [0xFFF], [0x1000], [0x1001], [0x8000]])
+    value, graphs = between.view(torch.float32).flatten(), []
+    value = torch.cat([value, torch.randn(10_000), 1e-6 * torch.randn(10_000), torch.tensor([65519.9, 65520, 1e6])])
+
+    def both(x):
+        return round_to_storage(x, dtype), round_up_to_storage(x.abs(), dtype)
+
+    torch._dynamo.reset()
+    found = torch.compile(both, backend=lambda graph, _: graphs.append(graph.code) or graph, fullgraph=True)(value)
+    assert "float16" not in graphs[0]
+    for a, b in zip(found, both(value), strict=True):
+        assert torch.equal(a.nan_to_num(7, 8, -8), b.nan_to_num(7, 8, -8))
+
+
 def groups_of_all_kinds():
     """Normal, shifted, on one side of zero, next to nothing on one side, zeros, denormals, and huge."""
     normal = torch.randn(200, 64) * 10 ** torch.linspace(-6, 6, 200)[:, None]
