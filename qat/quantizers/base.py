@@ -126,8 +126,9 @@ class Quantizer(Masked, ABC):
         if not self.enabled:
             return x
         x_hat = self._drawn(x) if self.stochastic else self._fake_quantized(x)
-        partly = self.training and self.strength is not None
-        return torch.lerp(x, x_hat, self.strength.to(x.dtype)) if partly else x_hat
+        if self.strength is None or not self.training:
+            return x_hat
+        return torch.lerp(x, x_hat, self.strength.to(x.dtype))
 
     def _fake_quantized(self, x: Tensor) -> Tensor:
         if self.rule is not None and self.follows_rule:
