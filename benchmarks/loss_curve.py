@@ -1,12 +1,16 @@
 """Whether kernels train as their references do: the losses of the same steps, one after the other.
 
-    python -m benchmarks.loss_curve --texts TEXTS          needs a GPU; writes results/loss_curve.json
+    python -m benchmarks.loss_curve --texts TEXTS               needs a GPU; writes results/loss_curve.json
+    python -m benchmarks.loss_curve --texts TEXTS --products    writes results/loss_products.json
 
 Model, texts and training are those of benchmarks/grids.py. Every case is trained twice from the same weights, on the
 same windows: with the Triton kernels, and with the PyTorch references. `largest` and `mean` are differences of the
 losses of all steps; `noise` is the mean difference of the references to themselves with the windows in another order,
 which says what a difference is worth. Codes and values are the same to the bit at the same weights; gradients of scales
 and codebooks are sums in another order.
+
+With `--products` layers that multiply codes, int8 or fp8, in the forward pass or in all three products, are compared
+with fake quantization of the same weights and inputs; `noise` is that of fake quantization.
 """
 
 import argparse
@@ -21,14 +25,20 @@ import qat
 from benchmarks.recipe import LENGTH, MODEL, device, load, losses
 from benchmarks.record import record
 from benchmarks.texts import windows
+from benchmarks.train_step import FP8, INT8, TOKEN8
+from benchmarks.train_step import SCHEMES as CODES
 from qat.kernels.ops import reference_kernels
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 
-TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 SCHEMES = {
     "w4a8-lsq": qat.Scheme(weight=partial(LSQQuantizer, bits=4, granularity="per_group_64"), input=TOKEN8),
     "w4a8-minmax": qat.Scheme(weight=partial(MinMaxQuantizer, bits=4, granularity="per_group_32"), input=TOKEN8),
     "kmeans4-row": qat.Scheme(weight=partial(KMeansQuantizer, bits=4)),
+}
+# What multiplies codes, by what it computes: fake quantization of the same weights and inputs.
+PRODUCTS = {
+    "w8a8 int8": (qat.Scheme(**INT8), {"forward": CODES["ours-w8a8-int8"], "all three": CODES["ours-w8a8g8-int8"]}),
+    "w8a8 fp8": (qat.Scheme(**FP8), {"forward": CODES["ours-w8a8-fp8"], "all three": CODES["ours-w8a8g8-fp8"]}),
 }
 RATE = 2e-5
 
@@ -36,32 +46,62 @@ RATE = 2e-5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and wiki106.val.txt")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--products", action="store_true", help="products of codes against fake quantization")
+    parser.add_argument("--steps", type=int, help="default: 200, of products 1000")
     options = parser.parse_args()
-    if device().type != "cuda":
+    if not options.products and device().type != "cuda":
         raise SystemExit("This needs a CUDA GPU: elsewhere the references are what computes.")
     train, _ = windows(options.texts, LENGTH)
-    rows = [compare(name, train, options.steps) for name in SCHEMES]
-    record("loss_curve", f"python -m benchmarks.loss_curve --texts TEXTS --steps {options.steps}", rows, ("triton",))
+    command = "python -m benchmarks.loss_curve --texts TEXTS"
+    if options.products:
+        steps = options.steps or 1000
+        rows = [row for name in PRODUCTS for row in compare_products(name, train, steps)]
+        record("loss_products", f"{command} --products --steps {steps}", rows, ("triton",))
+    else:
+        steps = options.steps or 200
+        rows = [compare(name, train, steps) for name in SCHEMES]
+        record("loss_curve", f"{command} --steps {steps}", rows, ("triton",))
 
 
 def compare(name: str, train: Tensor, steps: int) -> dict[str, Any]:
-    """One row."""
-    found = curve(name, train, steps)
+    """One row: kernels and references."""
+    found = curve(SCHEMES[name], train, steps)
     with reference_kernels():
-        expected, other = (curve(name, train, steps, seed) for seed in (0, 1))
+        expected, other = (curve(SCHEMES[name], train, steps, seed) for seed in (0, 1))
+    return row_of(name, found, expected, other)
+
+
+def compare_products(name: str, train: Tensor, steps: int) -> list[dict[str, Any]]:
+    """A row for the product of the forward pass, and one for all three."""
+    fake, multiplied = PRODUCTS[name]
+    expected, other = (curve(fake, train, steps, seed) for seed in (0, 1))
+    return [
+        row_of(f"{name}, {products}", curve(scheme, train, steps), expected, other)
+        for products, scheme in multiplied.items()
+    ]
+
+
+def row_of(name: str, found: Tensor, expected: Tensor, other: Tensor) -> dict[str, Any]:
+    """How far the losses `found` are from those `expected`, and how far these are from `other`."""
     difference = (found - expected).abs()
-    row = {"scheme": name, "model": MODEL, "steps": steps, "first": float(found[0]), "last": float(found[-20:].mean())}
+    row = {
+        "scheme": name,
+        "model": MODEL,
+        "steps": len(found),
+        "first": float(found[0]),
+        "last": float(found[-20:].mean()),
+    }
+    row |= {"last_expected": float(expected[-20:].mean())}
     row |= {"largest": float(difference.max()), "mean": float(difference.mean())}
     row |= {"noise": float((other - expected).abs().mean())}
     print(row, flush=True)
     return row
 
 
-def curve(name: str, train: Tensor, steps: int, seed: int = 0) -> Tensor:
+def curve(scheme: qat.Scheme, train: Tensor, steps: int, seed: int = 0) -> Tensor:
     """The loss of every step."""
     torch.manual_seed(0)
-    return losses(qat.prepare(load(), SCHEMES[name]), RATE, train, steps, seed)
+    return losses(qat.prepare(load(), scheme), RATE, train, steps, seed)
 
 
 if __name__ == "__main__":

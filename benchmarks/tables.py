@@ -202,6 +202,16 @@ def loss_curve(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def loss_products(rows: Rows) -> str:
+    """How far apart the losses of products of codes and of fake quantization are."""
+    headings = ("products of codes", "steps", "last loss", "fake-quantized", "mean difference", "another order")
+    lines = [_line(*headings), _line("---", *["--:"] * 5)]
+    for row in rows:
+        figures = f"{row['last']:.3f}", f"{row['last_expected']:.3f}", f"{row['mean']:.1e}", f"{row['noise']:.1e}"
+        lines.append(_line(row["scheme"], row["steps"], *figures))
+    return "\n".join(lines)
+
+
 def loss(rows: Rows) -> str:
     """Time and memory of the loss at the head."""
     lines = [_line("head", "loss", "ms", "speed", "GiB", "memory"), _line("---", "---", *["--:"] * 4)]
@@ -229,6 +239,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "fake_quantize": ("fake_quantize", fake_quantize),
     "train_step": ("train_step", train_step),
     "loss_curve": ("loss_curve", loss_curve),
+    "loss_products": ("loss_products", loss_products),
     "loss": ("loss", loss),
     "pruning": ("pruning", pruning),
     "ptq": ("ptq", ptq),

@@ -2,14 +2,16 @@
 
     python -m benchmarks.train_step          needs a GPU of 40 GiB; writes results/train_step.json; resumes
     python -m benchmarks.train_step --shapes 1b 8b4
+    python -m benchmarks.train_step --shapes 8b 8b-1      needs a GPU of 141 GB
     python -m benchmarks.train_step --tiny   the same code on a model of toy size, on any machine; writes nothing
 
 The model `1b` is a Llama of one billion parameters (hidden 2048, 16 layers, 128 256 tokens, tied embeddings), `8b4`
 four layers of eight billion (hidden 4096, untied), with random weights in bf16, trained at 4 x 2048 tokens a step by
-torch's fused AdamW. All arms of a kind share everything but the
-quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `ours-w4a8` and `torchao-w4a8` have
-4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the extremes (torchao's
-activations with a zero point, because it has no others).
+torch's fused AdamW. `8b` is all 32 layers, trained as one GPU can: AdamW with a state of 8 bits (bitsandbytes), blocks
+that are computed again for their backward pass, the loss in chunks; `8b-1` is that at 1 x 2048 tokens. All arms of a
+kind share everything but the quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `ours-w4a8`
+and `torchao-w4a8` have 4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the
+extremes (torchao's activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
 every weight. `ours-w8a8` has 8 bits and a scale for every row and token, fake-quantized; `-int8` and `-fp8` multiply
 their codes in the forward pass, and `ours-w8a8g8-...` in all three products, with gradients rounded at random. Each arm
@@ -25,17 +27,19 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from benchmarks.kmeans_1b import LARGE, TINY, now, peak_gib
 from benchmarks.record import record
+from lightning_modules.causal_lm import parameter_groups
 from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.loss import HeadLoss
 from qat.atomic import replaced_file
 from qat.kernels.ops import reference_kernels
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
@@ -62,23 +66,44 @@ SCHEMES = {
 ARMS = (REFERENCE, *SCHEMES, "torchao-w4a8")
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
-SHAPES = {"1b": LARGE, "8b4": EIGHT, "toy": TINY}
 _WARM_UP = 4
 _KERNELS = ("_fake_quantize", "_row_codes", "_column_", "_transposed_codes")
+
+
+class Shape(NamedTuple):
+    """A model and how it is trained.
+
+    frugal: with 8-bit optimizer state, checkpointed blocks and a chunked loss.
+    """
+
+    sizes: dict[str, Any]
+    batch: tuple[int, int] = (4, 2048)
+    frugal: bool = False
+    arms: tuple[str, ...] = ARMS
+
+
+W4A8_ALONE = (REFERENCE, "ours-w4a8")
+SHAPES = {
+    "1b": Shape(LARGE),
+    "8b4": Shape(EIGHT),
+    "8b": Shape(EIGHT | {"num_hidden_layers": 32}, frugal=True, arms=W4A8_ALONE),
+    "8b-1": Shape(EIGHT | {"num_hidden_layers": 32}, (1, 2048), frugal=True, arms=W4A8_ALONE),
+}
+TOYS = {"toy": Shape(TINY, (2, 64)), "toy-frugal": Shape(TINY, (2, 64), frugal=True, arms=W4A8_ALONE)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="toy size, on any machine")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of an arm")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--shapes", nargs="+", choices=("1b", "8b4"), default=["1b"], help="models to train")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: those of the shape")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b"], help="models to train")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
     backends = ("eager", "aot_eager") if options.tiny else ("eager", "inductor")
-    shapes = ["toy"] if options.tiny else options.shapes
+    shapes = list(TOYS) if options.tiny else options.shapes
     rows = [row for shape in shapes for backend in backends for row in compare(backend, shape, options)]
     if not options.tiny:
         command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
@@ -87,7 +112,8 @@ def main() -> None:
 
 def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each arm, relative to bf16."""
-    found = {arm: kept(arm, backend, shape, options) for arm in options.arms}
+    arms = options.arms or (TOYS | SHAPES)[shape].arms
+    found = {arm: kept(arm, backend, shape, options) for arm in arms}
     compiled, reference = backend != "eager", found[REFERENCE]
     rows = [
         {"arm": arm, "model": shape, "compiled": compiled, "reference": REFERENCE}
@@ -124,27 +150,30 @@ def _fresh() -> Any:
 
 def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
     """Tokens a second and peak memory."""
-    tiny = shape == "toy"
+    tiny, how = shape in TOYS, (TOYS | SHAPES)[shape]
     device = torch.device("cpu" if tiny else "cuda")
     torch.manual_seed(0)
-    config = LlamaConfig(**({"tie_word_embeddings": True} | SHAPES[shape]), max_position_embeddings=2048)
+    config = LlamaConfig(**({"tie_word_embeddings": True} | how.sizes), max_position_embeddings=2048)
     with device:
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     quantize(model, arm)
-    ids = torch.randint(config.vocab_size, (2, 64) if tiny else (4, 2048), device=device)
+    ids = torch.randint(config.vocab_size, how.batch, device=device)
+    loss_of = partial(loss, model, HeadLoss(model, "chunked") if how.frugal else None, ids)
     with torch.no_grad():
-        first = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        first = float(loss_of())
         if arm in SCHEMES:
             with reference_kernels():
-                expected = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+                expected = float(loss_of())
             if abs(first - expected) > 1e-3 * expected:
                 raise SystemExit(f"{arm}: the loss is {first}, that of the references {expected}.")
+    if how.frugal:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if backend != "eager":
         compile_blocks(model, backend)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    optimizer = optimizer_of(model, how.frugal)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss_of().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -157,6 +186,22 @@ def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
         seconds.append(now(device) - start)
     found = {"tokens_per_s": ids.numel() / statistics.median(seconds[_WARM_UP:]), "peak_gib": peak_gib(device)}
     return found | {"first_step_s": seconds[0]} | ({} if tiny else {"quantize_share": quantize_share(step)})
+
+
+def loss(model: nn.Module, head: HeadLoss | None, ids: Tensor) -> Tensor:
+    """Of the next tokens; by `head` without the logits of all of them."""
+    batch = {"input_ids": ids, "labels": ids}
+    found: Tensor = model(**batch, use_cache=False).loss if head is None else head(batch)
+    return found
+
+
+def optimizer_of(model: nn.Module, frugal: bool) -> torch.optim.Optimizer:
+    """AdamW; frugal: as `optimizer=adamw8bit` builds it."""
+    if not frugal:
+        return torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    from lightning_modules.optimizers import AdamW8bit
+
+    return AdamW8bit(parameter_groups(model), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def quantize_share(step: Callable[[], None]) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.compilation import CompiledBlocks
 from lightning_modules.data.windows import IGNORED
+from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.loss import HeadLoss, head_loss
 from qat.errors import InputError
 from qat.nn import QuantLayer
@@ -59,11 +61,13 @@ class CausalLMModule(pl.LightningModule):
         self.codes: ModelStepCodes | None = None
         self.loss = loss
         self.head_loss: HeadLoss | None = None
+        self.watch = FiniteWatch(late=False)
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def on_fit_start(self) -> None:
         """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""
         self.head_loss = head_loss(self.model, self.loss)
+        self.watch = FiniteWatch(late=self.device.type != "cpu")
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
@@ -78,15 +82,25 @@ class CausalLMModule(pl.LightningModule):
             self.compiled.undo()
             self.compiled = None
 
+    def on_train_end(self) -> None:
+        self.watch.look()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep nothing of a run that diverged.
+
+        Raises:
+            InputError: if its last loss or gradient is no number.
+        """
+        self.watch.look()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make room for the masks of pruned weights in full precision, which a transform had put there."""
         hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
-        if not torch.isfinite(loss):
-            raise InputError(self._explain(loss, batch))
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.watch.see(loss, partial(self._explain, loss.detach(), batch, self.global_step))
+        self.log("train/loss", loss.detach())
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -135,15 +149,16 @@ class CausalLMModule(pl.LightningModule):
         """Clip, and stop before a gradient that is no number reaches the weights.
 
         Raises:
-            InputError: if the norm of the gradients is not finite.
+            InputError: if the norm of the gradients is not finite; on a GPU with the next step, until which a fused
+                optimizer leaves the weights as they are.
         """
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if scaled:  # float16: its scaler skips such steps itself
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
-        if not torch.isfinite(norm):
-            raise InputError(self._explain_gradients(float(norm)))
+        self.watch.see(norm, partial(self._explain_gradients, norm, self.global_step))
+        skip_unless_finite(optimizer, norm)
         self.log("train/gradient_norm", norm)
         if gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -173,18 +188,21 @@ class CausalLMModule(pl.LightningModule):
         learned = (batch["labels"][:, 1:] != IGNORED).any()
         return torch.where(learned, output.loss, output.logits[..., :1, :1].float().sum() * 0)
 
-    def _explain(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
+    def _explain(self, loss: Tensor, batch: dict[str, Tensor], step: int) -> str:
         layer = first_non_finite(self.model, batch)
         return (
-            f"The loss became {loss.item()} at step {self.global_step}. First layer with a non-finite output: "
+            f"The loss became {loss.item()} at step {step}. First layer with a non-finite output: "
             f"{layer or 'none, the loss itself overflows'}. {_MEND}"
         )
 
-    def _explain_gradients(self, norm: float) -> str:
+    def _explain_gradients(self, norm: Tensor, step: int) -> str:
+        what = f"The norm of the gradients became {norm.item()} at step {step}."
+        if self.watch.late:  # other gradients have taken the place of these
+            return f"{what} {_MEND}"
         named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
         largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
         worst = max(largest, key=lambda name: largest[name])
-        return f"The norm of the gradients became {norm} at step {self.global_step}. First at fault: {worst}. {_MEND}"
+        return f"{what} First at fault: {worst}. {_MEND}"
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:

@@ -98,7 +98,8 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 
 def _task(cfg: DictConfig) -> float:
     # Reported in here already: an exception that leaves the task makes Hydra print a report of its own.
-    reporting(lambda: _claim(cfg))
+    if not os.environ.get("LOCAL_RANK", "0").strip("0"):  # the other processes of a run have its folder too
+        reporting(lambda: _claim(cfg))
     return reporting(lambda: _run(cfg))
 
 
@@ -237,6 +238,8 @@ def quiet() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Checkpoint directory.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*all_gather is deprecated.*",
+        ".*sync_dist=True.*",
         ".*Dynamo detected a call to a `functools.lru_cache`.*",
     ):
         warnings.filterwarnings("ignore", pattern)

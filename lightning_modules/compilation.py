@@ -10,7 +10,6 @@ from torch._dynamo.exc import TorchDynamoException
 
 from qat.errors import InputError, nearest
 from qat.kernels.linear import fused_by_a_compiler
-from qat.quantizers import Quantizer
 from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
 
@@ -22,8 +21,8 @@ class CompiledBlocks:
     """Compiles every block of `model` in place, each as one graph without breaks.
 
     Blocks are compiled and not the whole model, because blocks that are alike share their graph: 30 of them take the
-    compile time of one. State dicts keep their names. A step in which somebody looks at a module of a block by a hook,
-    or an activation is quantized in part, runs without the graphs, which know of neither.
+    compile time of one. State dicts keep their names. A step in which somebody looks at a module of a block by a hook
+    runs without the graphs, which know of none.
 
     Args:
         model: has a list of blocks; prepared already.
@@ -41,7 +40,6 @@ class CompiledBlocks:
         _, self.blocks = block_list(model, layers)
         self.backend, self._model = backend, type(model).__name__
         self._modules = [module for block in self.blocks for module in block.modules()]
-        self._quantizers = [module for module in self._modules if isinstance(module, Quantizer)]
         # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
@@ -76,9 +74,9 @@ class CompiledBlocks:
             ) from error
 
     def _is_watched(self) -> bool:
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules) or any(
-            0 < quantizer.strength < 1 for quantizer in self._quantizers
-        )
+        hooks = (h for m in self._modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+        # Those of FSDP2 gather the weights before a graph runs.
+        return any(not hook.__module__.startswith("torch.distributed") for hook in hooks)
 
 
 def _options(backend: str) -> dict[str, Any] | None:

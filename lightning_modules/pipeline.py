@@ -2,16 +2,22 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -62,13 +68,15 @@ class Job:
             callbacks=_callbacks(cfg),
             logger=_loggers(cfg),
         )
-        if self.trainer.world_size > 1:
-            raise InputError(f"A run uses one device, not {self.trainer.world_size}: set trainer.devices=1.")
+        _check_strategy(self.trainer)
+        if not self.trainer.is_global_zero:
+            self.console.quiet = True
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         self.trainer.precision_plugin.convert_module(self.module)
         self.checkpoint: str | None = cfg.ckpt_path
-        self.report = Report(self.folder, f"{self.loaded.name}: {cfg.title}", resume=cfg.resumed)
+        title = f"{self.loaded.name}: {cfg.title}"
+        self.report = Report(self.folder, title, resume=cfg.resumed, writes=self.trainer.is_global_zero)
 
     @property
     def model(self) -> nn.Module:
@@ -185,9 +193,19 @@ class Job:
 
     def _save_plain(self, folder: Path) -> None:
         """Write the model as transformers does."""
-        with replaced_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
-            self.loaded.tokenizer.save_pretrained(temporary)
+
+        def write() -> None:
+            with replaced_folder(folder) as temporary:
+                self.model.save_pretrained(temporary)
+                self.loaded.tokenizer.save_pretrained(temporary)
+
+        self._once(write)
+
+    def _once(self, write: Callable[[], Any]) -> None:
+        """Let one process of all write; the others wait for what it wrote."""
+        if self.trainer.is_global_zero:
+            write()
+        self.trainer.strategy.barrier()
 
     def _reloaded(self, folder: Path) -> nn.Module:
         """What `_save_plain` wrote."""
@@ -220,7 +238,7 @@ class Job:
 
     def _calibration_batches(self) -> list[dict[str, Tensor]]:
         device = self.trainer.strategy.root_device
-        batches = islice(self.data.train_dataloader(), self.cfg.calibration_batches)
+        batches = islice(self.data.calibration_dataloader(), self.cfg.calibration_batches)
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def _export(self) -> None:
@@ -229,7 +247,8 @@ class Job:
         trained = self._logits(self.model, probe)
         convert(self.model)
         for name, write in instantiate(self.cfg.export).items():
-            folder = write(self.model, self.folder / name, tokenizer=self.loaded.tokenizer)
+            folder = self.folder / name
+            self._once(partial(write, self.model, folder, tokenizer=self.loaded.tokenizer))
             self.module.model = load(folder, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
             check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
             size = sum(file.stat().st_size for file in folder.iterdir())
@@ -257,8 +276,28 @@ class Job:
 
     def _draw(self) -> None:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"
+        if not self.trainer.is_global_zero:
+            return
         if metrics.is_file() and plot_training(metrics, picture, self.report.title):
             self._say(f"picture: {picture}")
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse what would not leave the trained model in this process, and sweeps of runs that start processes.
+
+    Raises:
+        InputError: if so.
+    """
+    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    if trainer.world_size == 1:
+        return
+    if not isinstance(strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher):
+        raise InputError(
+            f"A run of {trainer.world_size} devices is one of trainer.strategy=ddp, not of {type(strategy).__name__}. "
+            "A model that one device does not hold is sharded in a training loop of one's own (docs/training.md)."
+        )
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise InputError("A sweep (-m) has runs of one device: set trainer.devices=1, or start its runs one by one.")
 
 
 def _emulates_fp8(model: nn.Module, device: torch.device) -> bool:

@@ -20,11 +20,12 @@ class Report:
         folder: of the run.
         title: of the table.
         resume: keep the rows of an earlier part of the same run.
+        writes: whether the file is written: by one of the processes of a run.
     """
 
-    def __init__(self, folder: Path, title: str, resume: bool = True) -> None:
+    def __init__(self, folder: Path, title: str, resume: bool = True, writes: bool = True) -> None:
         self.path = folder / "results.json"
-        self.title = title
+        self.title, self.writes = title, writes
         self.rows: dict[str, dict[str, Any]] = {}
         if resume and self.path.is_file():
             self.rows = {row["row"]: row for row in json.loads(self.path.read_text())["rows"]}
@@ -36,6 +37,8 @@ class Report:
     def add(self, row: str, **figures: Any) -> None:
         """Keep one row, in the place of an older one of its name."""
         self.rows[row] = {"row": row} | figures
+        if not self.writes:
+            return
         with replaced_file(self.path) as temporary:
             temporary.write_text(json.dumps({"title": self.title, "rows": list(self.rows.values())}, indent=1) + "\n")
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, loss, low_bit_step, mixed, pruning, recipe
+from benchmarks import grids, kv_cache, loss, loss_curve, low_bit_step, mixed, pruning, recipe, tables, train_step
 from qat.planning import integers, planned_layers, storage
 from tests.conftest import tiny_llama
 
@@ -25,10 +25,10 @@ def results(monkeypatch, tmp_path):
     def windows(folder, length):
         return tuple(torch.randint(64, (12, 32), generator=torch.Generator().manual_seed(i)) for i in range(2))
 
-    for module in (grids, kv_cache, mixed, pruning):
+    for module in (grids, kv_cache, loss_curve, mixed, pruning):
         monkeypatch.setattr(module, "load", load)
         monkeypatch.setattr(module, "windows", windows)
-        monkeypatch.setattr(module, "record", lambda name, command, rows: found.update({name: rows}))
+        monkeypatch.setattr(module, "record", lambda name, command, rows, *_: found.update({name: rows}))
     monkeypatch.chdir(tmp_path)
     return found
 
@@ -143,3 +143,18 @@ def test_low_bit_step(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 2 * (8 + 1)
     assert all("'us': " in line for line in lines)
+
+
+def test_products_of_codes_train_as_fake_quantization(results, monkeypatch):
+    run(monkeypatch, loss_curve, "--products")
+    rows = results["loss_products"]
+    assert [row["scheme"] for row in rows] == [
+        f"w8a8 {kind}, {products}" for kind in ("int8", "fp8") for products in ("forward", "all three")
+    ]
+    assert all(row["steps"] == 3 and row["mean"] < row["noise"] for row in rows)
+    assert tables.loss_products(rows).count("\n") == 5
+
+
+@pytest.mark.parametrize("arm", train_step.W4A8_ALONE)
+def test_a_frugal_step(arm):
+    assert train_step.measure(arm, "eager", "toy-frugal", 1)["tokens_per_s"] > 0

@@ -1,6 +1,8 @@
 """A progress bar over the whole of training, with the time that is left."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -15,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_NOTE_EVERY_S = 1.0
 
 
 class ProgressBar(LightningProgressBar):
@@ -51,8 +55,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
-        self._advance(trainer.global_step, "" if loss is None else f"loss {float(loss):.3f}")
+        self._advance(trainer.global_step, partial(_loss, trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -72,7 +75,7 @@ class ProgressBar(LightningProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn != "fit":
-            self._advance(batch_idx + 1, "")
+            self._advance(batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -97,17 +100,25 @@ class ProgressBar(LightningProgressBar):
             self._task = self._progress.add_task(what, total=total, completed=done, note="")
             self._progress.start()
 
-    def _advance(self, done: int, note: str) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, note=note)
-            return
+    def _advance(self, done: int, note: Callable[[], str] = str) -> None:
+        """Show `done`; `note` is called when it is time to show it, because it waits for a GPU."""
         now = time.monotonic()
-        if now - self._last_line >= self.line_every_s and done > self._first:
+        every = self.line_every_s if self._progress is None else _NOTE_EVERY_S
+        due = now - self._last_line >= every and done > self._first
+        if due:
             self._last_line = now
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, **({"note": note()} if due else {}))
+        elif due:
             left = (now - self._started) / (done - self._first) * (self._total - done)
-            self.console.print(f"{self._what} {done}/{self._total}  {note}  {left:.0f} s left", highlight=False)
+            self.console.print(f"{self._what} {done}/{self._total}  {note()}  {left:.0f} s left", highlight=False)
 
     def _end(self) -> None:
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._task = None
+
+
+def _loss(trainer: Trainer) -> str:
+    loss = trainer.callback_metrics.get("train/loss")
+    return "" if loss is None else f"loss {float(loss):.3f}"

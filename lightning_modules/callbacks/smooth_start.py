@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -14,7 +15,8 @@ class SmoothStart(Callback):
     """Lets training see activations (and keys, values) in full precision first, then more and more of their error.
 
     x <- x + strength (x_hat - x), where strength is 0 for `delay_steps` optimizer steps and then rises linearly to 1
-    over `ramp_steps`. Weights are quantized from the start. Evaluation always sees what ships, strength 1.
+    over `ramp_steps`. Weights are quantized from the start. Evaluation always sees what ships, strength 1. Compiled
+    blocks are one graph until then and another one after it, which does not know of strengths any more.
 
     Args:
         delay_steps: steps without quantized activations.
@@ -26,6 +28,7 @@ class SmoothStart(Callback):
             raise InputError(f"callbacks.smooth_start has {delay_steps} and {ramp_steps} steps; they start at 0.")
         self.delay_steps, self.ramp_steps = delay_steps, ramp_steps
         self._quantizers: list[Quantizer] = []
+        self._strength = torch.zeros(())
 
     def strength(self, step: float) -> float:
         """Share of the quantization error that the optimizer step number `step` sees."""
@@ -46,10 +49,13 @@ class SmoothStart(Callback):
                 "callbacks.smooth_start is for activations, keys and values, and the scheme quantizes none: choose "
                 "scheme=w4a8, or leave its steps 0."
             )
+        self._strength = torch.zeros((), device=pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        strength = self.strength(trainer.global_step)
+        self._strength.fill_(strength)
         for quantizer in self._quantizers:
-            quantizer.strength = self.strength(trainer.global_step)
+            quantizer.strength = self._strength if strength < 1 else None
 
 
 def activation_quantizers(model: nn.Module) -> list[Quantizer]:

@@ -4,9 +4,12 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_modules.checkpoint import LastCheckpoint
+
+_AGREE_EVERY = 10  # steps between which the processes of a run ask each other, which waits for a GPU
 
 
 class Stopped(Exception):
@@ -19,6 +22,8 @@ class Stopped(Exception):
 
 class GracefulStop(Callback):
     """On SIGINT or SIGTERM, finishes the optimizer step, writes a checkpoint, and raises `Stopped`.
+
+    Where a run has several processes they stop together, after ten steps at most.
 
     A second signal stops at once, back to the last checkpoint.
     """
@@ -39,7 +44,7 @@ class GracefulStop(Callback):
         # Between two batches of one optimizer step the gradients are not in any checkpoint: wait for the step.
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if stepped:
+        if stepped and (trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0):
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,12 +56,20 @@ class GracefulStop(Callback):
         self._previous = {}
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            self._agree(trainer)
         if self._received is None:
             return
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, LastCheckpoint):
                 callback.save(trainer)
         raise Stopped(self._received, trainer.global_step)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """All processes of a run stop at the same step, whichever of them a signal reached."""
+        found = torch.tensor(self._received or 0, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(found, reduce_op="max"))
+        self._received = number or None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:

@@ -68,12 +68,21 @@ class CausalLMDataModule(pl.LightningDataModule):
             self.train_windows, self.held_out = self.make_windows()
 
     def train_dataloader(self) -> DataLoader[Batch]:
+        """The share that this process has of the training windows."""
+        return self._train_loader(*self._share())
+
+    def calibration_dataloader(self) -> DataLoader[Batch]:
+        """The same training windows in every process, so that all find the same scales."""
+        return self._train_loader(0, 1)
+
+    def _train_loader(self, rank: int, world_size: int) -> DataLoader[Batch]:
         self.setup()
         assert self.train_windows is not None
         if isinstance(self.train_windows, WindowStream):
+            self.train_windows.rank, self.train_windows.world_size = rank, world_size
             self.train_windows.skip = self._resume_at[1] * self.batch_size if self._resume_at else 0
             return self._loader(self.train_windows, self.batch_size)
-        sampler = ResumableSampler(len(self.train_windows), self.seed, *self._share())  # type: ignore[arg-type]
+        sampler = ResumableSampler(len(self.train_windows), self.seed, rank, world_size)  # type: ignore[arg-type]
         if len(sampler) < self.batch_size:
             raise InputError(
                 f"The training text fills {len(sampler)} windows of {self.sequence_length} tokens, less than one batch "
@@ -183,7 +192,7 @@ class HubDataModule(CausalLMDataModule):
     def make_windows(self) -> tuple[Dataset[Batch], Dataset[Batch]]:
         if not self.streaming:
             return self._read(self.split), self._read(self.val_split)
-        train = WindowStream(partial(self._rows, self.split), self.tokenizer, self.sequence_length, *self._share())
+        train = WindowStream(partial(self._rows, self.split), self.tokenizer, self.sequence_length)
         return train, self._read(self.val_split, self.val_rows)
 
     def _rows(self, split: str) -> Iterable[Row]:

@@ -68,7 +68,7 @@ class LowBitLinear(QuantLinear):
     @property
     def _multiplies_codes(self) -> bool:
         weight, input = self.weight_quantizer, self.input_quantizer
-        whole = input.observer is None and input.strength == 1
+        whole = input.observer is None and input.strength is None
         return self.training and weight.enabled and input.enabled and whole
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
 from qat.numerics.ste import straight_through
 from qat.quantizers.mask import Masked
 from qat.quantizers.observers import MinMaxObserver, Observer
+from qat.quantizers.shards import refuse_shards
 from qat.quantizers.step_codes import StepCodes
 
 _DIVERGED = "Look for the layer it came from; a training that diverged needs a lower learning rate."
@@ -45,13 +46,14 @@ class Quantizer(Masked, ABC):
         stochastic: whether codes are drawn at random so that their expectation is x: for gradients.
         codebook_dtype: how codebooks are stored, where not as scales are.
         enabled: whether it quantizes in forward passes; `qat.transforms.plain` switches it off for a while.
-        strength: share of the quantization error that training sees, from 0 to 1; evaluation always sees all of it.
+        strength: share of the quantization error that training sees, a 0-dim tensor from 0 to 1 that is read in every
+            forward pass, so that a compiled one need not be compiled again; None: all of it, as evaluation always does.
     """
 
     rule: str | None = None
     stochastic: bool = False
     codebook_dtype: torch.dtype | None = None
-    strength: float = 1.0
+    strength: Tensor | None = None
     enabled: bool = True
 
     def __init__(
@@ -103,8 +105,9 @@ class Quantizer(Masked, ABC):
             importance: how much the squared error of each element counts, shaped like `x`; None: all alike.
 
         Raises:
-            InputError: if x holds an infinity or NaN.
+            InputError: if x holds an infinity or NaN, or is a shard.
         """
+        refuse_shards(x)
         _refuse_infinity(x)
         x, view = self.masked(x), self.granularity.view
         if importance is None:
@@ -121,11 +124,12 @@ class Quantizer(Masked, ABC):
             self.observer.update(self.granularity.view(x.detach()))
             return x
         x = self.masked(x)
-        strength = self.strength if self.training else 1.0
-        if strength == 0 or not self.enabled:
+        if not self.enabled:
             return x
         x_hat = self._drawn(x) if self.stochastic else self._fake_quantized(x)
-        return x_hat if strength == 1 else torch.lerp(x, x_hat, strength)
+        if self.strength is None or not self.training:
+            return x_hat
+        return torch.lerp(x, x_hat, self.strength.to(x.dtype))
 
     def _fake_quantized(self, x: Tensor) -> Tensor:
         if self.rule is not None and self.follows_rule:
@@ -198,6 +202,7 @@ class Quantizer(Masked, ABC):
         Raises:
             InputError: if x holds an infinity or NaN, which no grid holds.
         """
+        refuse_shards(x)
         _refuse_infinity(x)
         x = self.masked(x)
         qparams = self.ready_qparams(x)
@@ -206,8 +211,9 @@ class Quantizer(Masked, ABC):
 
     @final
     def ready_qparams(self, x: Tensor) -> QParams:
-        """`qparams(x)`, refused while they hold nothing."""
+        """`qparams(x)`, refused while they hold nothing, and for a shard of x."""
         self.require_initialized()
+        refuse_shards(x)
         return self.qparams(x)
 
     @final

@@ -19,6 +19,7 @@ from qat.numerics.ste import round_to_storage
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import from_log_scale, log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
+from qat.quantizers.shards import refuse_shards
 
 _INITS = ("kmeans", "entropy", "nf4")
 
@@ -126,6 +127,7 @@ class KMeansQuantizer(Quantizer):
             importance: how much the squared error of each weight counts, shaped like it; None: all alike.
         """
         self.require_initialized()
+        refuse_shards(weight)
         # Entries stay in their places, so that the optimizer's state of each goes on being its own.
         weight = self.masked(weight)
         view, scale = self.granularity.view, from_log_scale(self.log_scale).to(self.scale_dtype)

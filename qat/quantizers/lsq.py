@@ -23,7 +23,8 @@ _GRIDS = ("integers", "stretched", "ternary")
 class LSQQuantizer(Quantizer):
     """A uniform grid with a learned scale (LSQ, arXiv 1902.08153), and a learned zero point (LSQ+, arXiv 2004.09576).
 
-    The gradient of the scale is LSQ's, including its factor 1 / sqrt(elements * highest code). The parameter is
+    The gradient of the scale is LSQ's, including its factor 1 / sqrt(elements * highest code), where the elements are
+    those of the weight, or the features of the activation, that share the scale. The parameter is
     log2(scale), as in TQT (arXiv 1903.08066): the scale stays positive, and one learning rate means the same relative
     change for every layer. The zero point is rounded to an integer, straight through, so that zero stays on the grid.
 
@@ -54,7 +55,8 @@ class LSQQuantizer(Quantizer):
         self.zero_point = None if symmetric else nn.Parameter(torch.zeros(self.param_shape))
 
     def qparams(self, x: Tensor) -> QParams:
-        elements = max(1.0, x.numel() / math.prod(self.param_shape))
+        # Features of an activation count, its tokens do not: a batch in parts has the gradient of the whole.
+        elements = max(1.0, math.prod(self.shape) / math.prod(self.param_shape))
         factor = 1 / math.sqrt(elements * max(1.0, self.format.range()[1]))
         scale = round_to_storage(from_log_scale(_scale_gradient(self.log_scale, factor)), self.scale_dtype)
         if self.zero_point is None:

@@ -12,6 +12,7 @@ from qat.transforms.neighbours import Fold, fold_scale_, neighbours
 from qat.transforms.prepare import prepare
 from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.rules import KVCache, Rule, Scheme
+from qat.transforms.shard import shard
 from qat.transforms.smoothquant import smoothquant
 from qat.transforms.structure import restructure
 from qat.transforms.structured import structured
@@ -38,6 +39,7 @@ __all__ = [
     "quantizes_weights",
     "restructure",
     "rotate",
+    "shard",
     "smoothquant",
     "sparsegpt",
     "structured",

@@ -337,7 +337,7 @@ MISTAKES = [
     (["seed=-1"], "seed is -1"),
     (["model.dtype=float23"], "Did you mean 'float32'"),
     (["scheme.weight.granularity=per_channel_5"], "has no dimension 5"),
-    (["trainer.devices=2"], "set trainer.devices=1"),
+    (["trainer.devices=2", "trainer.strategy=ddp_spawn"], "is one of trainer.strategy=ddp"),
     (["model.name=no/such-model"], "Cannot load the model"),
     (["transforms=none", "quantizer@scheme.input=minmax_static"], "static but nothing calibrated it"),
     (["resume=nowhere"], "not the folder of a run"),

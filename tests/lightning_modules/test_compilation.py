@@ -19,6 +19,7 @@ from lightning_modules.callbacks import (
     SmoothStart,
     SoftKMeans,
 )
+from lightning_modules.callbacks.smooth_start import activation_quantizers
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.compilation import CompiledBlocks
 from qat.errors import InputError
@@ -200,3 +201,20 @@ def test_inductor_computes_the_same_but_for_rounding(scheme):
         found = step_of(model, ids)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))
+
+
+def test_activations_quantized_in_part_are_one_graph():
+    """While their strength rises; one more afterwards, which knows of none."""
+    model = qat.prepare(tiny_llama(num_hidden_layers=3), qat.Scheme(weight=LSQ3, input=TOKEN8)).train()
+    ids, counter = torch.randint(0, 96, (2, 16)), CompileCounterWithBackend("aot_eager")
+    compiled = CompiledBlocks(model, "aot_eager")
+    for block in compiled.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for strength, graphs in ((torch.tensor(0.0), 1), (torch.tensor(0.25), 1), (torch.tensor(1.0), 1), (None, 2)):
+        for quantizer in activation_quantizers(model):
+            quantizer.strength = strength
+        with torch.compiler.set_stance("force_eager"):
+            expected = step_of(model, ids)
+        with compiled.step():
+            assert_equal(step_of(model, ids), expected)
+        assert counter.frame_count == graphs

@@ -116,7 +116,7 @@ def test_the_remaining_time_is_that_of_the_run(monkeypatch, capsys):
     bar._begin("training", 40, 5)
     for done in range(6, 11):
         now[0] += 2.0
-        bar._advance(done, "loss 1.000")
+        bar._advance(done, lambda: "loss 1.000")
     assert "training 10/40  loss 1.000  60 s left" in capsys.readouterr().out
 
 

@@ -289,9 +289,9 @@ def test_evaluation_observation_and_partial_strength_multiply_what_codes_stand_f
     monkeypatch.setattr("qat.nn.low_bit_linear.low_bit_linear", lambda *_: pytest.fail("codes were multiplied"))
     x = torch.randn(4, 16)
     layer.eval()(x)
-    layer.train().input_quantizer.strength = 0.5
+    layer.train().input_quantizer.strength = torch.tensor(0.5)
     layer(x)
-    layer.input_quantizer.strength = 1.0
+    layer.input_quantizer.strength = None
     layer.input_quantizer.observer = layer.input_quantizer.make_observer()
     layer(x)
     layer.input_quantizer.observer = None

@@ -76,10 +76,14 @@ def test_strength_blends_in_training_only():
     x = torch.randn(8, 64)
     quantizer = MinMaxQuantizer(x.shape, bits=4)
     full = quantizer(x)
-    quantizer.strength = 0.25
+    quantizer.strength = torch.tensor(0.25)
     assert torch.allclose(quantizer(x), 0.75 * x + 0.25 * full)
-    quantizer.strength = 0.0
+    quantizer.strength.fill_(0)
     assert torch.equal(quantizer(x), x)
+    assert torch.equal(quantizer(x.bfloat16()), x.bfloat16())
+    quantizer.strength.fill_(1)
+    assert torch.equal(quantizer(x), full)
+    quantizer.strength.fill_(0)
     assert torch.equal(quantizer.eval()(x), full)
 
 
