@@ -44,7 +44,7 @@ from qat.planning import (
     storage,
 )
 from qat.quantizers import LSQQuantizer
-from qat.transforms import Rule, gptq
+from qat.transforms import Rule, discard, gptq
 
 UNIFORM = {3.25: ("int3-g64", 64), 3.5: ("int3-g32", 32)}
 CALIBRATION = 128
@@ -132,7 +132,9 @@ class Benchmark:
             bits = bits_per_weight(model)
             if bits > limit + 1e-9:
                 raise SystemExit(f"{arm} spends {bits} bits per weight, more than {limit}: the comparison is not fair.")
-        return perplexity(model, self.val)
+        found = perplexity(model, self.val)
+        discard(self.work / arm)
+        return found
 
     def _batches(self, size: int) -> Batches:
         return [{"input_ids": ids, "labels": ids} for ids in self.calibration.to(device()).split(size)]
