@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.claims import Answer, answers
 from benchmarks.record import RESULTS, ROOT
 from qat.atomic import replaced_file
 
@@ -34,9 +35,7 @@ def filled(text: str) -> str:
     """`text` with every table between `<!-- table:NAME -->` and `<!-- end -->` made anew."""
 
     def table(match: re.Match[str]) -> str:
-        file, show = TABLES[match[1]]
-        result = json.loads((RESULTS / f"{file}.json").read_text())
-        return f"<!-- table:{match[1]} -->\n{show(result['rows'])}\n\n{_source(result)}\n<!-- end -->"
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
@@ -225,24 +224,41 @@ def _times(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-# What a marker `<!-- table:NAME -->` shows: the result file and how.
-TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
-    "default_job": ("default_job", default_job),
-    "cpu_step": ("cpu_step", cpu_step),
-    "grids": ("grids", grids),
-    "learning_rates": ("grids", learning_rates),
-    "kv_cache": ("kv_cache", kv_cache),
-    "kv_memory": ("kv_cache", kv_memory),
-    "kmeans_fit_cuda": ("kmeans_fit_cuda", kmeans_fit),
-    "kmeans_fit_cpu": ("kmeans_fit_cpu", kmeans_fit),
-    "kmeans_1b": ("kmeans_1b", kmeans_1b),
-    "fake_quantize": ("fake_quantize", fake_quantize),
-    "train_step": ("train_step", train_step),
-    "loss_curve": ("loss_curve", loss_curve),
-    "loss_products": ("loss_products", loss_products),
-    "loss": ("loss", loss),
-    "pruning": ("pruning", pruning),
-    "ptq": ("ptq", ptq),
+def claims(found: list[Answer]) -> str:
+    """Every claim, what is known of it, and from where."""
+    lines = [_line("claim", "answer", "figure", "from"), _line(*["---"] * 4)]
+    return "\n".join([*lines, *(_line(own.claim, own.verdict, own.figure, own.origin) for own in found)])
+
+
+def _of(file: str, show: Callable[[Rows], str]) -> Callable[[], str]:
+    """The table of one result file, and what that was measured on."""
+
+    def made() -> str:
+        result = json.loads((RESULTS / f"{file}.json").read_text())
+        return f"{show(result['rows'])}\n\n{_source(result)}"
+
+    return made
+
+
+# What a marker `<!-- table:NAME -->` shows.
+TABLES: dict[str, Callable[[], str]] = {
+    "claims": lambda: claims(answers()),
+    "default_job": _of("default_job", default_job),
+    "cpu_step": _of("cpu_step", cpu_step),
+    "grids": _of("grids", grids),
+    "learning_rates": _of("grids", learning_rates),
+    "kv_cache": _of("kv_cache", kv_cache),
+    "kv_memory": _of("kv_cache", kv_memory),
+    "kmeans_fit_cuda": _of("kmeans_fit_cuda", kmeans_fit),
+    "kmeans_fit_cpu": _of("kmeans_fit_cpu", kmeans_fit),
+    "kmeans_1b": _of("kmeans_1b", kmeans_1b),
+    "fake_quantize": _of("fake_quantize", fake_quantize),
+    "train_step": _of("train_step", train_step),
+    "loss_curve": _of("loss_curve", loss_curve),
+    "loss_products": _of("loss_products", loss_products),
+    "loss": _of("loss", loss),
+    "pruning": _of("pruning", pruning),
+    "ptq": _of("ptq", ptq),
 }
 
 

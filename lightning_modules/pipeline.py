@@ -35,7 +35,7 @@ from qat.export.parity import check_logits
 from qat.nn import LowBitLinear
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
-from qat.transforms import Scheme, is_quantized, quant_layers, quantizes_weights, restructure, uncalibrated
+from qat.transforms import Scheme, discard, is_quantized, quant_layers, quantizes_weights, restructure, uncalibrated
 from qat.transforms.masks import sparsity
 
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
@@ -120,6 +120,7 @@ class Job:
             self._export_full()
         elif self.cfg.export:
             self._say("Nothing was exported: the scheme quantizes no weight, key or value.")
+        self._discard_blocks()
         self.report.print(self.console)
         self._draw()
         return self.report.rows
@@ -266,6 +267,12 @@ class Job:
         check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
         self._measure(SAVED, sum(file.stat().st_size for file in folder.iterdir()))
         self._say(f"{folder}: pruned, in full precision; quantize it by model=hf model.name={folder}")
+
+    def _discard_blocks(self) -> None:
+        """Remove what transforms kept of their work for a run that is killed before it has exported."""
+        for options in self.cfg.transforms.values():
+            if options.get("folder"):
+                discard(options.folder)
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

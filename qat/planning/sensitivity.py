@@ -19,7 +19,7 @@ from qat.planning.output import output
 from qat.planning.predictions import Batch, calibration
 from qat.planning.rounding import check_rounding, errors, make_rounding
 from qat.planning.rows import Rows, tracked
-from qat.transforms.blocks import fingerprint
+from qat.transforms.finished import fingerprint
 from qat.transforms.plain import full_precision
 
 Gather = Callable[[nn.Module, Sequence[PlannedLayer], Sequence[Batch]], Cost]

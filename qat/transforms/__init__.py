@@ -4,6 +4,7 @@ from qat.transforms.autoround import autoround
 from qat.transforms.awq import awq
 from qat.transforms.calibrate import calibrate, uncalibrated
 from qat.transforms.convert import convert
+from qat.transforms.finished import discard
 from qat.transforms.gptq import gptq
 from qat.transforms.hadamard import rotate
 from qat.transforms.importance import fisher, hessian
@@ -27,6 +28,7 @@ __all__ = [
     "calibrate",
     "codebooks",
     "convert",
+    "discard",
     "fisher",
     "fold_scale_",
     "gptq",

@@ -49,7 +49,7 @@ def autoround(
         scale_reach: how far scales may go, in powers of two; 0 leaves them.
         start: the rounding to set out from: `nearest`, or `gptq`, where V lies in [-1, 1].
         device: where to compute; blocks go there one at a time. Default: where the model is.
-        folder: where finished blocks are kept, so that a run that was killed goes on.
+        folder: where finished blocks are kept, so that a run that was killed goes on; see `qat.transforms.discard`.
 
     Returns:
         `model`: its weights lie on their grids.

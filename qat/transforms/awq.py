@@ -53,7 +53,7 @@ def awq(
         grid: how many exponents to choose from. Not all are tried, see `qat.numerics.search.least_place`.
         clip: search the clipping; k-means and vector codebooks, which have no end to clip at, never do.
         device: where to compute; blocks go there one at a time. Default: where the model is.
-        folder: where finished blocks are kept, so that a run that was killed goes on.
+        folder: where finished blocks are kept, so that a run that was killed goes on; see `qat.transforms.discard`.
 
     Returns:
         `model`; quantizers of the weights that changed are fitted anew.

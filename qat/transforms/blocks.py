@@ -5,8 +5,6 @@ blocks before it, quantized already, make them. So a model of any size needs the
 of the hidden states of the calibration data off it.
 """
 
-import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,18 +13,14 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.atomic import replaced_file
 from qat.errors import InputError
 from qat.numerics.finite import all_finite
+from qat.transforms.finished import Finished, fingerprint
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
 
-# Values of each weight that tell one model from another.
-_SAMPLE = 1024
 _NO_BLOCKS = (
     "{kind} has no list of blocks (an nn.ModuleList, such as model.layers) with quantized layers in it, which this "
     "transform goes through one by one."
@@ -109,7 +103,8 @@ def walk(
         work: changes its block in place.
         title: of the progress bar.
         device: where blocks compute; they go back to where they were. Default: where the model is.
-        folder: where finished blocks are kept until all are, so that a walk that was killed goes on; None keeps none.
+        folder: where finished blocks are kept, so that a walk that was killed goes on; None keeps none. They stay when
+            all are done, for the model is not saved yet: `discard(folder)` then.
         key: what the result depends on beside the model and the data; blocks of another key are not taken up.
         blocks: their name and their list, for a model that was not prepared; None finds them.
         with_targets: also carry the hidden states of the model in full precision, as the targets of each block.
@@ -124,7 +119,7 @@ def walk(
     model.eval()
     try:
         calls = _first_calls(model, stack, batches)
-        finished = _Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
+        finished = Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
         targets: Sequence[Tensor] = [call.hidden for call in calls[0]] if with_targets else ()
         with progress_bar() as progress:
             task = progress.add_task(title, total=len(stack))
@@ -139,7 +134,6 @@ def walk(
                     _pass_on(block, calls)
                 module.to(home)
                 progress.update(task, completed=index + 1)
-        finished.remove()
     finally:
         model.train(was_training)
 
@@ -219,62 +213,6 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
-
-
-class _Finished:
-    """The blocks that are done, as files in a folder: what a walk that was killed has not lost."""
-
-    def __init__(self, folder: str | Path | None, key: str) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._key = key
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-
-    def restore(self, index: int, module: nn.Module) -> bool:
-        """Load block `index` if it is there, whole, and of the same key."""
-        path = self._path(index)
-        if path is None or not path.is_file():
-            return False
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") != self._key:
-                    return False
-            module.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError):  # of another version: it is made again
-            return False
-        return True
-
-    def keep(self, index: int, module: nn.Module) -> None:
-        """Write block `index`."""
-        path = self._path(index)
-        if path is None:
-            return
-        tensors = {name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}
-        with replaced_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"key": self._key})
-
-    def remove(self) -> None:
-        """All blocks are done, and the model is what holds them."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, index: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"block{index}.safetensors"
-
-
-def fingerprint(model: nn.Module, data: Iterable[Tensor]) -> str:
-    """Of the data, and of a sample of every weight."""
-    digest = hashlib.sha256()
-    for tensor in data:
-        digest.update(_bytes(tensor))
-    for name, tensor in model.state_dict().items():
-        step = max(1, tensor.numel() // _SAMPLE)
-        digest.update(f"{name} {list(tensor.shape)}".encode() + _bytes(tensor.reshape(-1)[::step]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def progress_bar() -> Progress:

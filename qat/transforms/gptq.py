@@ -57,7 +57,7 @@ def gptq(
         sweeps: how often to refine the result: scales and codebooks by least squares for the codes that were found,
             then codes by coordinate descent (QuantEase, arXiv 2309.01885); 0 leaves GPTQ's own.
         device: where to compute; blocks go there one at a time. Default: where the model is.
-        folder: where finished blocks are kept, so that a run that was killed goes on.
+        folder: where finished blocks are kept, so that a run that was killed goes on; see `qat.transforms.discard`.
 
     Returns:
         `model`: its weights lie on their grids.

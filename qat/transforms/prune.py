@@ -86,7 +86,7 @@ def wanda(
         batches: mappings, passed as keywords.
         sparsity, pattern, exclude: as for `magnitude`.
         device: where to compute; blocks go there one at a time. Default: where the model is.
-        folder: where finished blocks are kept, so that a run that was killed goes on.
+        folder: where finished blocks are kept, so that a run that was killed goes on; see `qat.transforms.discard`.
 
     Returns:
         `model`.

@@ -137,6 +137,12 @@ def test_the_block_that_does_nothing_goes():
     assert torch.allclose(logits(model, batches(1)), full, atol=1e-2)
 
 
+def test_heads_are_left_as_the_architecture_accepts_them():
+    """Of 10 heads 3 would be nearest to what is wanted, and no divisor of the hidden size."""
+    model = tiny_llama(hidden_size=80, num_attention_heads=10, num_key_value_heads=10)
+    assert structured(model, batches(1), heads=0.68).config.num_attention_heads == 4
+
+
 def test_a_model_without_memory_gets_its_shapes_without_data():
     with torch.device("meta"):
         shadow = MODELS["llama"]()
