@@ -20,8 +20,8 @@ def noise_at(seed, row, first, columns, WIDTH: tl.constexpr):
     """Uniform numbers in (0, 1) for the tile of `row` `[ROWS]` and WIDTH columns from `first` on, multiples of 8 both.
 
     A number depends on its place and the seed alone, not on how a tensor is cut. 16 bits each, in the middle of their
-    interval, because quantizing is to cost what reading memory costs, and 32 bits for each of these would cost
-    several times as much. (Philox 4x32-7: Parallel Random Numbers: As Easy as 1, 2, 3, Salmon et al., SC 2011.)
+    interval: a run of the generator serves eight, so that quantizing costs what reading and writing memory costs.
+    (Philox 4x32-7: Parallel Random Numbers: As Easy as 1, 2, 3, Salmon et al., SC 2011.)
     """
     place = first // _EACH + tl.arange(0, WIDTH // _EACH)
     counter = row[:, None] * ((columns + _EACH - 1) // _EACH) + place[None, :]
