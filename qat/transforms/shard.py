@@ -4,7 +4,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import block_list
@@ -27,6 +26,8 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     Raises:
         InputError: if no block holds a quantized layer.
     """
+    from torch.distributed.fsdp import fully_shard  # takes long
+
     _, blocks = block_list(model)
     whole = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
     for module in (*blocks, model):

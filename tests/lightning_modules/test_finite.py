@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.callbacks import LastCheckpoint, ProgressBar
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.finite import FiniteWatch
+from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from qat.errors import InputError
 from tests.conftest import tiny_llama
 from tests.lightning_modules.test_module import fit
@@ -82,3 +82,17 @@ def test_steps_read_nothing_from_the_device(tmp_path):
     fit(tmp_path, module, Late(), Watched(), ProgressBar(), enable_progress_bar=True, log_every_n_steps=100)
     assert 4 < len(found) <= 4 * 3
     assert all(found)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_asked_later_and_skips_the_step_itself():
+    watch, weight = FiniteWatch(late=True), torch.nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.full_like(weight, math.nan)
+    norm = weight.grad.norm()
+    watch.see(norm, lambda: "no number")
+    skip_unless_finite(optimizer, norm)
+    optimizer.step()
+    assert weight.eq(1).all()
+    with pytest.raises(InputError, match="no number"):
+        watch.look()
