@@ -119,10 +119,12 @@ def in_codes(tokens: int, size_in: int, size_out: int, compute: str, device: str
         shape = (1, size_out) if along else (tokens, 1)
         return random(tokens, size_out), torch.rand(shape, device=device)
 
+    def found(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return ops._row_codes_of(weight, None, None, torch.float32, own.name)
+
     t, i, o = tokens, size_in, size_out
     product = partial(ops.scaled_product, dtype=torch.bfloat16)
     drawn = partial(ops.gradient_codes, format=grad, granularity=PerToken(), scale_dtype=torch.float32, stochastic=True)
-    found = partial(ops._row_codes_of, factor=None, seed=None, scale_dtype=torch.float32, format=own.name)
     return [
         Part("weight codes", "forward", found, lambda: (random(o, i),), 3 * o * i),
         Part("product", "forward", product, lambda: (operand(t, i, own), operand(o, i, own)), (t + o) * i),
