@@ -20,6 +20,9 @@ _MORE, _MOST = 10.0, 1.0
 # Columns that are brought up to date one by one, before those of their block are together.
 CHUNK = 16
 
+# The grid of all columns, one group fitted anew: to the matrix `[out, in]` with that group as it is by then; its number.
+GroupFit = Callable[[Tensor, int], ColumnGrid]
+
 # What takes the place of a column: of all columns as they are by then, `[in, out]`, and the position of the one.
 Choice = Callable[[Tensor, int], Tensor]
 
@@ -56,10 +59,66 @@ def gptq(
     """
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
-    factor = error_factor(hessian[order][:, order], damping)
-    names, ordered = order.tolist(), weight[:, order]
-    found = column_by_column(ordered, ordered, factor, lambda t, i: columns.round(t[i], names[i]), block_size)
+    factor, names = error_factor(hessian[order][:, order], damping), order.tolist()
+    return _in_order(weight, order, factor, lambda t, i: columns.round(t[i], names[i]), block_size)
+
+
+@torch.no_grad()
+def gptq_in_groups(
+    weight: Tensor,
+    hessian: Tensor,
+    fit: GroupFit,
+    group_size: int,
+    damping: float = 0.01,
+    act_order: bool = True,
+) -> Tensor:
+    """As `gptq`, with the grid of each group of columns found when its first column is reached, as the source has it.
+
+    The columns F that are left have by then become those that make up best for the errors E of the columns Q that are
+    done, w_F + E R_QF R_FF^-1, and the grid is fitted to these. What the recursion holds is w_F + E R_QF diag(R_FF)^-1.
+
+    Args:
+        weight, hessian, damping: as for `gptq`.
+        fit: called once for each group.
+        group_size: neighbouring columns that are a group; it divides `in`.
+        act_order: take the groups with the largest inputs first, and so the columns within each.
+    """
+    diagonal = hessian.diagonal()
+    order = _order_of_groups(diagonal, group_size) if act_order else torch.arange(len(diagonal), device=weight.device)
+    factor, names = error_factor(hessian[order][:, order], damping), order.tolist()
+    grids: dict[int, ColumnGrid] = {}
+
+    def choose(t: Tensor, i: int) -> Tensor:
+        group = names[i] // group_size
+        if group not in grids:
+            grids[group] = fit(_at_the_moment(weight, t, factor, order, slice(i, i + group_size)), group)
+        return grids[group].round(t[i], names[i])
+
+    return _in_order(weight, order, factor, choose, group_size)
+
+
+def _at_the_moment(weight: Tensor, target: Tensor, factor: Tensor, order: Tensor, own: slice) -> Tensor:
+    """`weight` in float32, its columns at the positions `own` as they are when the first of them is reached."""
+    found, names = weight.to(torch.float32, copy=True), order[own]
+    triangle = factor[own, own] / factor.diagonal()[own]
+    shift = target[own].t() - found[:, names]
+    found[:, names] += torch.linalg.solve_triangular(triangle, shift, upper=True, left=False, unitriangular=True)
+    return found
+
+
+def _in_order(weight: Tensor, order: Tensor, factor: Tensor, choose: Choice, block_size: int) -> Tensor:
+    """The recursion over the columns of `weight` in `order`; `factor` and `choose` count them in that order."""
+    ordered = weight[:, order]
+    found = column_by_column(ordered, ordered, factor, choose, block_size)
     return torch.empty_like(found).index_copy_(1, order, found)
+
+
+def _order_of_groups(diagonal: Tensor, group_size: int) -> Tensor:
+    """Groups by the sum of their entries, and columns within each, the largest first."""
+    grouped = diagonal.view(-1, group_size)
+    columns = torch.arange(len(diagonal), device=diagonal.device).view_as(grouped)
+    within = columns.gather(1, grouped.argsort(dim=1, descending=True))
+    return within[grouped.sum(1).argsort(descending=True)].flatten()
 
 
 def column_by_column(
