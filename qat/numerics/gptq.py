@@ -20,7 +20,7 @@ _MORE, _MOST = 10.0, 1.0
 # Columns that are brought up to date one by one, before those of their block are together.
 CHUNK = 16
 
-# The grid of all columns, one group fitted anew: to the matrix `[out, in]` with that group as it is by then; its number.
+# The grid of all columns, one group fitted anew: to `[out, in]` with that group as it is by then, and its number.
 GroupFit = Callable[[Tensor, int], ColumnGrid]
 
 # What takes the place of a column: of all columns as they are by then, `[in, out]`, and the position of the one.
