@@ -74,8 +74,7 @@ def gptq_in_groups(
 ) -> Tensor:
     """As `gptq`, with the grid of each group of columns found when its first column is reached, as the source has it.
 
-    The columns F that are left have by then become those that make up best for the errors E of the columns Q that are
-    done, w_F + E R_QF R_FF^-1, and the grid is fitted to these. What the recursion holds is w_F + E R_QF diag(R_FF)^-1.
+    By then the columns that are left make up for the errors of those that are done, see `as_left`.
 
     Args:
         weight, hessian, damping: as for `gptq`.
@@ -91,19 +90,12 @@ def gptq_in_groups(
     def choose(t: Tensor, i: int) -> Tensor:
         group = names[i] // group_size
         if group not in grids:
-            grids[group] = fit(_at_the_moment(weight, t, factor, order, slice(i, i + group_size)), group)
+            own, moved = slice(i, i + group_size), weight.to(torch.float32, copy=True)
+            moved[:, order[own]] = as_left(moved[:, order[own]], t[own], factor[own, own])
+            grids[group] = fit(moved, group)
         return grids[group].round(t[i], names[i])
 
     return _in_order(weight, order, factor, choose, group_size)
-
-
-def _at_the_moment(weight: Tensor, target: Tensor, factor: Tensor, order: Tensor, own: slice) -> Tensor:
-    """`weight` in float32, its columns at the positions `own` as they are when the first of them is reached."""
-    found, names = weight.to(torch.float32, copy=True), order[own]
-    triangle = factor[own, own] / factor.diagonal()[own]
-    shift = target[own].t() - found[:, names]
-    found[:, names] += torch.linalg.solve_triangular(triangle, shift, upper=True, left=False, unitriangular=True)
-    return found
 
 
 def _in_order(weight: Tensor, order: Tensor, factor: Tensor, choose: Choice, block_size: int) -> Tensor:
@@ -156,6 +148,23 @@ def column_by_column(
 
     settle(0, len(t), block_size, chunk, 1)
     return t.t().contiguous()
+
+
+def as_left(weight: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    """The next columns as those before leave them: where they make up best for the errors so far, `[out, columns]`.
+
+    With errors E of the columns Q that are done and F those that are left, that is w_F + E R_QF R_FF^-1, as
+    H_QF H_FF^-1 = R_QF R_FF^-1. The recursion holds w_F + E R_QF diag(R_FF)^-1: its target of a column is complete only
+    when the column is reached.
+
+    Args:
+        weight: the next columns, `[out, columns]` in float32.
+        target: what the recursion holds of them, `[columns, out]`.
+        factor: their block of R.
+    """
+    triangle = factor / factor.diagonal()
+    shift = target.t() - weight
+    return weight + torch.linalg.solve_triangular(triangle, shift, upper=True, left=False, unitriangular=True)
 
 
 @torch.no_grad()
