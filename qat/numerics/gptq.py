@@ -20,6 +20,9 @@ _MORE, _MOST = 10.0, 1.0
 # Columns that are brought up to date one by one, before those of their block are together.
 CHUNK = 16
 
+# The grid of all columns, one group fitted anew: to `[out, in]` with that group as it is by then, and its number.
+GroupFit = Callable[[Tensor, int], ColumnGrid]
+
 # What takes the place of a column: of all columns as they are by then, `[in, out]`, and the position of the one.
 Choice = Callable[[Tensor, int], Tensor]
 
@@ -56,10 +59,58 @@ def gptq(
     """
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
-    factor = error_factor(hessian[order][:, order], damping)
-    names, ordered = order.tolist(), weight[:, order]
-    found = column_by_column(ordered, ordered, factor, lambda t, i: columns.round(t[i], names[i]), block_size)
+    factor, names = error_factor(hessian[order][:, order], damping), order.tolist()
+    return _in_order(weight, order, factor, lambda t, i: columns.round(t[i], names[i]), block_size)
+
+
+@torch.no_grad()
+def gptq_in_groups(
+    weight: Tensor,
+    hessian: Tensor,
+    fit: GroupFit,
+    group_size: int,
+    damping: float = 0.01,
+    act_order: bool = True,
+) -> Tensor:
+    """As `gptq`, with the grid of each group of columns found when its first column is reached, as the source has it.
+
+    By then the columns that are left make up for the errors of those that are done, see `as_left`.
+
+    Args:
+        weight, hessian, damping: as for `gptq`.
+        fit: called once for each group.
+        group_size: neighbouring columns that are a group; it divides `in`.
+        act_order: take the groups with the largest inputs first, and so the columns within each.
+    """
+    diagonal = hessian.diagonal()
+    order = _order_of_groups(diagonal, group_size) if act_order else torch.arange(len(diagonal), device=weight.device)
+    factor, names = error_factor(hessian[order][:, order], damping), order.tolist()
+    grids: dict[int, ColumnGrid] = {}
+
+    def choose(t: Tensor, i: int) -> Tensor:
+        group = names[i] // group_size
+        if group not in grids:
+            own, moved = slice(i, i + group_size), weight.to(torch.float32, copy=True)
+            moved[:, order[own]] = as_left(moved[:, order[own]], t[own], factor[own, own])
+            grids[group] = fit(moved, group)
+        return grids[group].round(t[i], names[i])
+
+    return _in_order(weight, order, factor, choose, group_size)
+
+
+def _in_order(weight: Tensor, order: Tensor, factor: Tensor, choose: Choice, block_size: int) -> Tensor:
+    """The recursion over the columns of `weight` in `order`; `factor` and `choose` count them in that order."""
+    ordered = weight[:, order]
+    found = column_by_column(ordered, ordered, factor, choose, block_size)
     return torch.empty_like(found).index_copy_(1, order, found)
+
+
+def _order_of_groups(diagonal: Tensor, group_size: int) -> Tensor:
+    """Groups by the sum of their entries, and columns within each, the largest first."""
+    grouped = diagonal.view(-1, group_size)
+    columns = torch.arange(len(diagonal), device=diagonal.device).view_as(grouped)
+    within = columns.gather(1, grouped.argsort(dim=1, descending=True))
+    return within[grouped.sum(1).argsort(descending=True)].flatten()
 
 
 def column_by_column(
@@ -97,6 +148,23 @@ def column_by_column(
 
     settle(0, len(t), block_size, chunk, 1)
     return t.t().contiguous()
+
+
+def as_left(weight: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    """The next columns as those before leave them: where they make up best for the errors so far, `[out, columns]`.
+
+    With errors E of the columns Q that are done and F those that are left, that is w_F + E R_QF R_FF^-1, as
+    H_QF H_FF^-1 = R_QF R_FF^-1. The recursion holds w_F + E R_QF diag(R_FF)^-1: its target of a column is complete only
+    when the column is reached.
+
+    Args:
+        weight: the next columns, `[out, columns]` in float32.
+        target: what the recursion holds of them, `[columns, out]`.
+        factor: their block of R.
+    """
+    triangle = factor / factor.diagonal()
+    shift = target.t() - weight
+    return weight + torch.linalg.solve_triangular(triangle, shift, upper=True, left=False, unitriangular=True)
 
 
 @torch.no_grad()

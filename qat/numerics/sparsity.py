@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.errors import InputError
 from qat.numerics.columns import Columns
-from qat.numerics.gptq import CHUNK, column_by_column, error_factor
+from qat.numerics.gptq import CHUNK, as_left, column_by_column, error_factor
 
 SCOPES = ("row", "matrix")
 
@@ -152,7 +152,8 @@ def sparsegpt(
 
     SparseGPT, arXiv 2301.00774. The loop is GPTQ's: the error of column j, pruned or rounded, is spread over the
     columns after it. What to prune is decided as the loop gets there, by the error that it would cause, (w_ij R_jj)^2
-    with H = R R^T: the lowest in each block of columns, or in each group of an N:M pattern.
+    with H = R R^T and w as the columns before have left it: the lowest in each block of columns, or in each group of an
+    N:M pattern.
 
     Args:
         weight: `[out, in]`.
@@ -180,7 +181,8 @@ def sparsegpt(
     def choose(t: Tensor, i: int) -> Tensor:
         if i % together == 0:
             own = slice(i, i + together)
-            kept[own] = mask_of((t[own] * scale[own]).square().t(), pattern, sparsity, "matrix").t()
+            left = as_left(weight[:, own].to(torch.float32), t[own], factor[own, own]).t()
+            kept[own] = mask_of((left * scale[own]).square().t(), pattern, sparsity, "matrix").t()
         return _rounded(t[i], kept[i], i, columns)
 
     # A group of the pattern must be up to date as a whole when its first column is reached.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.nn import QuantLinear
-from qat.numerics.columns import ColumnGrid
 from qat.numerics.gptq import gptq as gptq_weight
-from qat.numerics.gptq import output_errors
+from qat.numerics.gptq import gptq_in_groups, output_errors
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
+from qat.transforms.groups import fit_group, group_size_of
 from qat.transforms.inputs import hessians
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
@@ -22,8 +22,8 @@ from qat.transforms.refine import refined
 from qat.transforms.rounding import on_grid, quantizer_of
 from qat.transforms.stack import Stack, stacks
 
-# A weight, its Hessian and the grid of its columns, to grid values.
-RoundWeight = Callable[[Tensor, Tensor, ColumnGrid], Tensor]
+# A stack and its Hessian to grid values, `[out, in]`.
+RoundStack = Callable[[Stack, Tensor], Tensor]
 
 
 def gptq(
@@ -32,6 +32,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,
+    static_groups: bool = True,
     true_sequential: bool = False,
     importance: bool = True,
     sweeps: int = 1,
@@ -50,6 +51,9 @@ def gptq(
         damping: of the Hessian, as a share of the mean of its diagonal.
         act_order: round the columns with the largest inputs first.
         block_size: columns whose updates of later ones are done together.
+        static_groups: find all scales from the weights as they were. False: those of a group when its first column is
+            reached, from what the columns before it left of it; columns then keep their groups in `act_order` too.
+            It makes no difference where all columns share a scale.
         true_sequential: let layers see the quantized ones before them in the same block too; takes as many passes over
             the data as a block has layers with inputs of their own, not one.
         importance: first fit the scales or codebooks anew, each error counting as the mean square of what it
@@ -63,14 +67,19 @@ def gptq(
         `model`: its weights lie on their grids.
 
     Raises:
-        InputError: if the model has no blocks or no linear layer in them, a grid has vector codes, there is no data, it
-            holds NaN, or a Hessian cannot be inverted.
+        InputError: if the model has no blocks or no linear layer in them, a grid has vector codes, its scales cannot be
+            found group by group without `static_groups`, there is no data, it holds NaN, or a Hessian cannot be
+            inverted.
     """
     fix_scales(model)
-    key = f"gptq {damping} {act_order} {true_sequential} {importance} {sweeps}"
-    round_weight = partial(gptq_weight, damping=damping, act_order=act_order, block_size=block_size)
+    key = f"gptq {damping} {act_order} {static_groups} {true_sequential} {importance} {sweeps}"
+    round_stack: RoundStack = partial(_round_static, damping=damping, act_order=act_order, block_size=block_size)
+    if not static_groups:
+        round_stack = partial(
+            _round_in_turn, static=round_stack, importance=importance, damping=damping, act_order=act_order
+        )
     work = partial(
-        gptq_block, round_weight=round_weight, true_sequential=true_sequential, importance=importance, sweeps=sweeps
+        gptq_block, round_stack=round_stack, true_sequential=true_sequential, importance=importance, sweeps=sweeps
     )
     with full_precision(model):
         walk(model, batches, work, "GPTQ", device, folder, key)
@@ -93,10 +102,23 @@ def with_fixed_scales(quantizer: Quantizer, weight: Tensor) -> Quantizer:
     return quantizer if quantizer.clips else FixedQuantizer(quantizer, weight.detach())
 
 
+def _round_static(stack: Stack, hessian: Tensor, **options: Any) -> Tensor:
+    return gptq_weight(stack.weight, hessian, stack.columns(), **options)
+
+
+def _round_in_turn(stack: Stack, hessian: Tensor, static: RoundStack, importance: bool, **options: Any) -> Tensor:
+    """With scales that are found when their group is reached, if there are several groups in a row."""
+    size = group_size_of(stack)
+    if size is None:
+        return static(stack, hessian)
+    fit = partial(fit_group, stack, hessian.diagonal() if importance and hessian.any() else None)
+    return gptq_in_groups(stack.weight, hessian, fit, size, **options)
+
+
 @torch.no_grad()
 def gptq_block(
     block: Block,
-    round_weight: RoundWeight = gptq_weight,
+    round_stack: RoundStack = _round_static,
     true_sequential: bool = False,
     importance: bool = True,
     sweeps: int = 1,
@@ -111,7 +133,7 @@ def gptq_block(
                     _fit_scales(layer.weight, quantizer_of(layer), hessian)
         for stack in stacks(group):
             with found_at(f"{block.name}.{', '.join(stack.names)}"):
-                stack.fill_(_rounded(stack, hessian, round_weight, sweeps))
+                stack.fill_(_rounded(stack, hessian, round_stack, sweeps))
 
 
 @torch.no_grad()
@@ -124,7 +146,7 @@ def gptq_rounded(weight: Tensor, hessian: Tensor, quantizer: Quantizer) -> Tenso
     """
     if hessian.any():
         _fit_scales(weight, quantizer, hessian)
-    return _rounded(Stack(["weight"], [weight], [quantizer]), hessian, gptq_weight, sweeps=1)
+    return _rounded(Stack(["weight"], [weight], [quantizer]), hessian, _round_static, sweeps=1)
 
 
 def _fit_scales(weight: Tensor, quantizer: Quantizer, hessian: Tensor) -> None:
@@ -133,10 +155,10 @@ def _fit_scales(weight: Tensor, quantizer: Quantizer, hessian: Tensor) -> None:
     quantizer.initialize(weight, hessian.diagonal().expand_as(weight))
 
 
-def _rounded(stack: Stack, hessian: Tensor, round_weight: RoundWeight, sweeps: int) -> Tensor:
+def _rounded(stack: Stack, hessian: Tensor, round_stack: RoundStack, sweeps: int) -> Tensor:
     """The weights on their grids; each row by GPTQ or rounding, whichever is better, then refined."""
     weight = stack.weight
-    found = round_weight(weight, hessian, stack.columns())
+    found = round_stack(stack, hessian)
     rounded = torch.cat([on_grid(*pair) for pair in zip(stack.quantizers, stack.split(weight), strict=True)])
     better = output_errors(weight, found, hessian) < output_errors(weight, rounded, hessian)
     best = torch.where(better[:, None], found, rounded)

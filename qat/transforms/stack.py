@@ -21,7 +21,7 @@ class Stack:
     Attributes:
         names: of the layers.
         weight: `[out, in]` in float32, as it was.
-        quantizers: of the layers; grids are of one kind, and either all have a mask or none.
+        quantizers: of the layers; grids are of one kind and granularity, and either all have a mask or none.
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[Tensor], quantizers: Sequence[Quantizer]) -> None:
@@ -56,7 +56,7 @@ class Stack:
 
 
 def stacks(layers: Group) -> list[Stack]:
-    """`layers`, which read the same tensor, with those together whose grids are of one kind."""
+    """`layers`, which read the same tensor, with those together whose grids are of one kind and granularity."""
     kinds: dict[object, Group] = {}
     for name, layer in layers.items():
         kinds.setdefault(_kind(layer), {})[name] = layer
@@ -65,7 +65,7 @@ def stacks(layers: Group) -> list[Stack]:
 
 def _kind(layer: QuantLinear) -> object:
     quantizer = quantizer_of(layer)
-    return _columns_of(quantizer, layer.weight.detach()).kind, quantizer.mask is None
+    return _columns_of(quantizer, layer.weight.detach()).kind, quantizer.granularity, quantizer.mask is None
 
 
 def _columns_of(quantizer: Quantizer, weight: Tensor) -> Columns:

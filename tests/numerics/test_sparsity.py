@@ -131,6 +131,28 @@ def test_gptq_of_a_pruned_matrix_leaves_its_zeros():
     assert output_errors(weight, found, h).sum() < 0.8 * output_errors(weight, quantizer(weight) * mask, h).sum()
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+@torch.no_grad()
+def test_sparsegpt_is_the_recursion_by_the_inverse(name):
+    """As the paper's: masks by w^2 / U_ii^2 of the weights of the moment, with H^-1 = U^T U, in float64."""
+    weight, x = problem()
+    h, pattern, block = x.t() @ x, PATTERNS[name], 16
+    damped = h.double() + 0.1 * h.double().diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    w, expected = weight.double().clone(), torch.ones_like(weight, dtype=torch.bool)
+    together = block if pattern.kept is None else pattern.of
+    for i in range(weight.shape[1]):
+        if i % together == 0:
+            own = slice(i, i + together)
+            expected[:, own] = mask_of((w[:, own] / factor.diagonal()[own]).square(), pattern, 0.5, "matrix")
+        error = w[:, i] * ~expected[:, i] / factor[i, i]
+        w[:, i:] -= torch.outer(error, factor[i, i:])
+    found, mask = sparsegpt(weight, h, pattern, 0.5, damping=0.1, block_size=block)
+    assert (mask != expected).float().mean() < 0.01
+    same = (mask == expected).all(1)
+    torch.testing.assert_close(found[same].double(), w[same], rtol=1e-2, atol=1e-3)
+
+
 @torch.no_grad()
 def test_without_correlations_sparsegpt_is_magnitude_within_a_block():
     weight, _ = problem()
