@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.numerics.finite import all_finite
-from qat.quantizers.mask import Masked
+from qat.transforms.broken import MADE_NAN, broken_module
 from qat.transforms.finished import Finished, fingerprint
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
@@ -25,9 +25,6 @@ from qat.transforms.plain import full_precision
 _NO_BLOCKS = (
     "{kind} has no list of blocks (an nn.ModuleList, such as model.layers) with quantized layers in it, which this "
     "transform goes through one by one: prepare it with a scheme that quantizes some, or leave the transform out."
-)
-_BROKEN = (
-    "{where} made NaN or infinity of the calibration data: look at its weights; a model in float16 may need bfloat16."
 )
 
 
@@ -125,7 +122,7 @@ def walk(
     try:
         calls = _first_calls(model, stack, batches)
         if not all(all_finite(call.hidden) for call in calls[0]):
-            raise InputError(_BROKEN.format(where=f"What comes before {name}.0"))
+            raise InputError(MADE_NAN.format(where=f"What comes before {name}.0"))
         finished = Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
         targets: Sequence[Tensor] = [call.hidden for call in calls[0]] if with_targets else ()
         with progress_bar() as progress:
@@ -171,30 +168,16 @@ def _finite_output(block: Block, call: Call) -> Tensor:
     return hidden
 
 
-@torch.no_grad()
 def refuse_broken(block: Block, calls: Iterable[Call]) -> None:
     """Refuse `calls` of which a module of `block` makes NaN or infinity, by the name of the first that does.
 
     Raises:
         InputError: if there is one.
     """
-    broken: list[str] = []
-
-    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point() and not all_finite(output):
-            broken.append(".".join(filter(None, (block.name, name))))
-
-    # A quantizer hands on what its layer made.
-    modules = {name: m for name, m in block.module.named_modules() if not isinstance(m, Masked)}
-    handles = [module.register_forward_hook(partial(note, name)) for name, module in modules.items()]
-    try:
-        for call in calls:
-            block.run(call)
-            if broken:
-                raise InputError(_BROKEN.format(where=broken[0]))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for call in calls:
+        name = broken_module(block.module, partial(block.run, call))
+        if name is not None:
+            raise InputError(MADE_NAN.format(where=".".join(filter(None, (block.name, name)))))
 
 
 def _usable(device: torch.device | str) -> torch.device:
