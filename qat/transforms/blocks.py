@@ -76,13 +76,19 @@ def block_list(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[s
     Raises:
         InputError: if there is none.
     """
-    quantized = [name for name, _ in quant_layers(model)] if layers is None else list(layers)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    held = {name: sum(layer.startswith(f"{name}.") for layer in quantized) for name, _ in lists}
-    best = max(lists, key=lambda entry: held[entry[0]], default=None)
-    if best is None or not held[best[0]]:
+    found = find_blocks(model, [name for name, _ in quant_layers(model)] if layers is None else layers)
+    if found is None:
         raise InputError(_NO_BLOCKS.format(kind=type(model).__name__))
-    return best
+    return found
+
+
+def find_blocks(model: nn.Module, layers: Iterable[str]) -> tuple[str, nn.ModuleList] | None:
+    """The same, or None where no list of blocks holds one of `layers`."""
+    names = list(layers)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    held = {name: sum(layer.startswith(f"{name}.") for layer in names) for name, _ in lists}
+    best = max(lists, key=lambda entry: held[entry[0]], default=None)
+    return None if best is None or not held[best[0]] else best
 
 
 def walk(
