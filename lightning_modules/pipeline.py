@@ -238,8 +238,10 @@ class Job:
             raise InputError(f"{name} is static but nothing calibrated it: add transforms=calibrate.")
 
     def _calibration_batches(self) -> list[dict[str, Tensor]]:
-        device = self.trainer.strategy.root_device
-        batches = islice(self.data.calibration_dataloader(), self.cfg.calibration_batches)
+        device, wanted = self.trainer.strategy.root_device, self.cfg.calibration_batches
+        batches = list(islice(self.data.calibration_dataloader(), wanted))
+        if len(batches) < wanted:
+            self._say(f"calibration: {len(batches)} batches, all that the training text fills, not {wanted}")
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def _export(self) -> None:

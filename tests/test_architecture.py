@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     "qat.errors",
+    "qat.options",
     "qat.atomic",
     "qat.scratch",
     "qat.numerics",

@@ -406,12 +406,11 @@ def fake_quantize_dynamic(
 
     def computed() -> Tensor:
         with torch.no_grad():
-            x_hat = granularity.unview(fake_quantize_dynamic_view(granularity.view(x), x.dtype, *arguments), x.shape)
-        return straight_through(x, x_hat)
+            return granularity.unview(fake_quantize_dynamic_view(granularity.view(x), x.dtype, *arguments), x.shape)
 
-    if codebook is not None:
-        return computed()
-    return once_for_siblings(x, (granularity, *arguments, torch.is_grad_enabled()), computed)
+    # Each its own way back: gradients are summed at x in the order in which a compiled model sums them.
+    shared = codebook is None
+    return straight_through(x, once_for_siblings(x, (granularity, *arguments), computed) if shared else computed())
 
 
 def rule_arguments(rule: str, format: Format, scale_dtype: torch.dtype, codebook: Tensor | None) -> tuple[Any, ...]:

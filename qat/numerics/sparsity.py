@@ -38,7 +38,7 @@ def parse_pattern(name: str, sparsity: float) -> Pattern:
     Raises:
         InputError: if no pattern is spelled like this, or it does not leave out the share `sparsity`.
     """
-    if not 0 < sparsity < 1:
+    if not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
         raise InputError(f"sparsity is {sparsity}; it is the share of zeros, between 0 and 1: set it to 0.5.")
     if name == "unstructured":
         return Pattern()

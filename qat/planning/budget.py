@@ -41,7 +41,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise InputError(f"There is no unit '{self.unit}' of a budget.{nearest(self.unit, UNITS)}")
-        if not self.limit > 0:
+        if not isinstance(self.limit, int | float) or not self.limit > 0:
             raise InputError(f"The budget is {self.limit} {self.unit}: it is a positive number, such as 3.5.")
         if (self.unit == "ms") != (self.ms is not None):
             raise InputError("A budget in ms needs a table of milliseconds by candidate (ms), and only that one does.")
@@ -61,8 +61,8 @@ class Budget:
             return bits / 8
         if self.ms is None:
             return bits / total
-        if name not in self.ms:
-            raise InputError(f"The table of milliseconds has no '{name}': measure it, or drop the candidate.")
+        if not isinstance(self.ms.get(name), int | float):
+            raise InputError(f"The table of milliseconds has no number for '{name}': measure it, or drop it.")
         return self.ms[name] * (weights if self.per == "weight" else 1)
 
 

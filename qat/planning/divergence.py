@@ -13,6 +13,7 @@ from qat.planning.candidates import Candidates, PlannedLayer, Table
 from qat.planning.predictions import Batch, learned_tokens, predictions
 from qat.planning.rounding import make_rounding, to_nearest
 from qat.planning.rows import Rows, tracked
+from qat.transforms.blocks import find_blocks
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ class _Reference:
     def __init__(self, model: nn.Module, layers: Sequence[PlannedLayer], index: int, batch: Batch) -> None:
         self.index = index
         self._model, self._batch = model, batch
-        self._prefix, self._blocks = _blocks(model, layers)
+        self._prefix, blocks = find_blocks(model, (layer.name for layer in layers)) or ("", ())
+        self._blocks = list(blocks)
         self._outputs: list[Any] = [None] * len(self._blocks)
         handles = [block.register_forward_hook(_keep(self._outputs, i)) for i, block in enumerate(self._blocks)]
         try:
@@ -100,13 +102,6 @@ def weights_as(layer: PlannedLayer, values: Mapping[str, Tensor]) -> Iterator[No
     finally:
         for name, value in before.items():
             matrices[name].copy_(value)
-
-
-def _blocks(model: nn.Module, layers: Sequence[PlannedLayer]) -> tuple[str, list[nn.Module]]:
-    """The outermost list of blocks that holds most of `layers`, and its name; no blocks where none holds one."""
-    lists = [(name, list(m)) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    held = [sum(layer.name.startswith(f"{name}.") for layer in layers) for name, _ in lists]
-    return lists[held.index(max(held))] if any(held) else ("", [])
 
 
 def _keep(outputs: list[Any], index: int) -> Callable[[nn.Module, Any, Any], None]:

@@ -33,12 +33,13 @@ def portions(layers: Sequence[PlannedLayer]) -> Iterator[list[PlannedLayer]]:
             portion, used = [], 0
         portion.append(layer)
         used += size
-    yield portion
+    if portion:
+        yield portion
 
 
 @torch.no_grad()
 def _gathered(model: nn.Module, layers: Sequence[PlannedLayer], batches: Sequence[Batch]) -> Grams:
-    """X^T X of the inputs of every layer, `[in, in]` in float32; kept off the device, which may not hold them all."""
+    """The same for layers whose matrices fit the device together, in one pass over the data."""
     sums = {layer.name: layer.matrices()["weight"].new_zeros((), dtype=torch.float32) for layer in layers}
     handles = [layer.module.register_forward_pre_hook(_add_to(sums, layer.name)) for layer in layers]
     try:

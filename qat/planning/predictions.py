@@ -1,6 +1,6 @@
 """What a model predicts on the calibration data, checked as it comes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.planning.candidates import PlannedLayer
+from qat.transforms.broken import MADE_NAN, broken_module
 
 IGNORED = -100  # the label that cross entropy skips
 Batch = Mapping[str, Tensor]
@@ -46,7 +47,8 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     learned = _learned(batch)
     kept = logits[:, :-1][learned].to(torch.float32)
     if not torch.isfinite(kept).all():
-        raise InputError(_blame(model, inputs))
+        where = broken_module(model, lambda: model(**inputs, use_cache=False)) or "The model"
+        raise InputError(MADE_NAN.format(where=where))
     return kept, _labels(batch)[:, 1:][learned]
 
 
@@ -80,30 +82,3 @@ def _learned(batch: Batch) -> Tensor:
     if "labels" not in batch and "attention_mask" in batch:
         learned &= batch["attention_mask"][:, 1:].bool()
     return learned
-
-
-@torch.no_grad()
-def _blame(model: nn.Module, inputs: Batch) -> str:
-    """Name the first layer whose output is not finite."""
-    guilty: list[str] = []
-
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                guilty.append(name)
-
-        return hook
-
-    leaves = [(name, module) for name, module in model.named_modules() if next(module.children(), None) is None]
-    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    where = guilty[0] if guilty else "The model"
-    return (
-        f"{where} made NaN or infinity of the calibration data: look at its weights; a model in float16 may need "
-        "bfloat16."
-    )

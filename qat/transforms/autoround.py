@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import InputError, nearest
+from qat.options import require_whole, require_within
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
 from qat.transforms.gptq import fix_scales, gptq_block
@@ -71,13 +72,9 @@ def autoround(
 def _check(model: nn.Module, steps: int, batch_size: int, scale_reach: float, start: str) -> None:
     if start not in _REACH:
         raise InputError(f"Rounding does not start from '{start}'.{nearest(start, _REACH)}")
-    for name, value, usual in (("steps", steps, 200), ("batch_size", batch_size, 8)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is {value}; it is a whole number from 1 on: set it to {usual}.")
-    if not 0 <= scale_reach <= 1:
-        raise InputError(
-            f"scale_reach is {scale_reach}; it lies between 0, no change, and 1, a factor of two: set 0.25."
-        )
+    require_whole("steps", steps, usual=200)
+    require_whole("batch_size", batch_size, usual=8)
+    require_within("scale_reach", scale_reach, usual=0.25, low=0, high=1)
     layers = quantized_linears(model).values()
     if not layers:
         raise InputError("AutoRound rounds quantized linear layers, and the model has none: prepare it with scheme=w4.")

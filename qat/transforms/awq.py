@@ -14,6 +14,7 @@ from qat.kernels import ops
 from qat.nn import QuantLinear
 from qat.numerics.gptq import output_errors
 from qat.numerics.search import least_place
+from qat.options import require_whole
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
@@ -62,8 +63,7 @@ def awq(
         InputError: if the model has no blocks, no linear layer in them has a quantized weight, there is no data, it
             holds NaN, or `grid` is no number of exponents.
     """
-    if not isinstance(grid, int) or grid < 1:
-        raise InputError(f"grid is {grid}; it is how many exponents to choose from, 1 or more: set it to 20.")
+    require_whole("grid", grid, usual=20)
     if not any(is_quantized_linear(layer) for _, layer in quant_layers(model)):
         raise InputError("AWQ scales quantized linear layers, and the model has none: prepare it with scheme=w4.")
     folds = [fold for fold in neighbours(model) if _can_judge(fold)]

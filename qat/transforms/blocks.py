@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.numerics.finite import all_finite
+from qat.transforms.broken import MADE_NAN, broken_module
 from qat.transforms.finished import Finished, fingerprint
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
 
 _NO_BLOCKS = (
     "{kind} has no list of blocks (an nn.ModuleList, such as model.layers) with quantized layers in it, which this "
-    "transform goes through one by one."
+    "transform goes through one by one: prepare it with a scheme that quantizes some, or leave the transform out."
 )
 
 
@@ -75,13 +76,19 @@ def block_list(model: nn.Module, layers: Iterable[str] | None = None) -> tuple[s
     Raises:
         InputError: if there is none.
     """
-    quantized = [name for name, _ in quant_layers(model)] if layers is None else list(layers)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    held = {name: sum(layer.startswith(f"{name}.") for layer in quantized) for name, _ in lists}
-    best = max(lists, key=lambda entry: held[entry[0]], default=None)
-    if best is None or not held[best[0]]:
+    found = find_blocks(model, [name for name, _ in quant_layers(model)] if layers is None else layers)
+    if found is None:
         raise InputError(_NO_BLOCKS.format(kind=type(model).__name__))
-    return best
+    return found
+
+
+def find_blocks(model: nn.Module, layers: Iterable[str]) -> tuple[str, nn.ModuleList] | None:
+    """The same, or None where no list of blocks holds one of `layers`."""
+    names = list(layers)
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    held = {name: sum(layer.startswith(f"{name}.") for layer in names) for name, _ in lists}
+    best = max(lists, key=lambda entry: held[entry[0]], default=None)
+    return None if best is None or not held[best[0]] else best
 
 
 def walk(
@@ -110,15 +117,18 @@ def walk(
         with_targets: also carry the hidden states of the model in full precision, as the targets of each block.
 
     Raises:
-        InputError: if the model has no blocks, there are no batches, or the data holds NaN.
+        InputError: if the model has no blocks, there are no batches, a layer makes NaN of them, or there is no such
+            device.
     """
     name, stack = block_list(model) if blocks is None else blocks
     home = next(model.parameters()).device
-    device = home if device is None else torch.device(device)
+    device = home if device is None else _usable(device)
     was_training = model.training
     model.eval()
     try:
         calls = _first_calls(model, stack, batches)
+        if not all(all_finite(call.hidden) for call in calls[0]):
+            raise InputError(MADE_NAN.format(where=f"What comes before {name}.0"))
         finished = Finished(folder, f"{key}|{fingerprint(model, (call.hidden for call in calls[0]))}")
         targets: Sequence[Tensor] = [call.hidden for call in calls[0]] if with_targets else ()
         with progress_bar() as progress:
@@ -160,11 +170,31 @@ def _finite_output(block: Block, call: Call) -> Tensor:
     """The hidden states that leave `block`, on the device of those that enter it."""
     hidden = block.run(call).to(call.hidden.device)
     if not all_finite(hidden):
-        raise InputError(
-            f"{block.name} made NaN or infinity of the calibration data: look at its weights; a model in float16 may "
-            "need bfloat16."
-        )
+        refuse_broken(block, [call])
     return hidden
+
+
+def refuse_broken(block: Block, calls: Iterable[Call]) -> None:
+    """Refuse `calls` of which a module of `block` makes NaN or infinity, by the name of the first that does.
+
+    Raises:
+        InputError: if there is one.
+    """
+    for call in calls:
+        name = broken_module(block.module, partial(block.run, call))
+        if name is not None:
+            raise InputError(MADE_NAN.format(where=".".join(filter(None, (block.name, name)))))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can go to."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"Nothing computes on device '{device}' ({reason}): set device to null, cpu or cuda."
+        ) from error
 
 
 class _Stop(Exception):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qat.nn import QuantLinear
 from qat.numerics.gptq import gptq as gptq_weight
 from qat.numerics.gptq import gptq_in_groups, output_errors
+from qat.options import require_whole, require_within
 from qat.quantizers import FixedQuantizer, Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
@@ -48,7 +49,7 @@ def gptq(
     Args:
         model: prepared.
         batches: mappings, passed as keywords.
-        damping: of the Hessian, as a share of the mean of its diagonal.
+        damping: of the Hessian, as a share of the mean of its diagonal; ten times as much where it is singular even so.
         act_order: round the columns with the largest inputs first.
         block_size: columns whose updates of later ones are done together.
         static_groups: find all scales from the weights as they were. False: those of a group when its first column is
@@ -67,10 +68,13 @@ def gptq(
         `model`: its weights lie on their grids.
 
     Raises:
-        InputError: if the model has no blocks or no linear layer in them, a grid has vector codes, its scales cannot be
-            found group by group without `static_groups`, there is no data, it holds NaN, or a Hessian cannot be
-            inverted.
+        InputError: if an option is out of range, the model has no blocks or no linear layer in them, a grid has vector
+            codes, its scales cannot be found group by group without `static_groups`, there is no data, it holds NaN,
+            or a Hessian cannot be inverted.
     """
+    require_within("damping", damping, usual=0.01, low=0, high=1)
+    require_whole("block_size", block_size, usual=128)
+    require_whole("sweeps", sweeps, usual=1, least=0)
     fix_scales(model)
     key = f"gptq {damping} {act_order} {static_groups} {true_sequential} {importance} {sweeps}"
     round_stack: RoundStack = partial(_round_static, damping=damping, act_order=act_order, block_size=block_size)

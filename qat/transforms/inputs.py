@@ -6,9 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qat.errors import InputError
 from qat.nn import QuantLinear
+from qat.numerics.finite import all_finite
 from qat.quantizers import Quantizer
-from qat.transforms.blocks import Block
+from qat.transforms.blocks import Block, refuse_broken
 
 # Layers of a block, by their names in it, that multiply the same tensor: queries, keys and values.
 Group = dict[str, QuantLinear]
@@ -23,6 +25,9 @@ def hessians(block: Block, layers: Group | None = None) -> list[tuple[Group, Ten
 
     Args:
         layers: by their names in the block; None: the linear layers whose weights are quantized.
+
+    Raises:
+        InputError: if a layer of the block makes NaN or infinity of what it is given.
     """
     return _sums(block, layers, 2, lambda total, x: total.addmm_(x.t(), x))
 
@@ -41,7 +46,16 @@ def _sums(block: Block, layers: Group | None, rank: int, add: Add) -> list[tuple
     for name, layer in layers.items():
         if name not in sums.group_of:
             sums.join(name, layer, None)
+    _require_finite(block, [total for _, total in sums.found])
     return sums.found
+
+
+def _require_finite(block: Block, found: Sequence[Tensor]) -> None:
+    """Refuse what was found of activations that hold NaN or infinity, or whose squares overflow."""
+    if all(map(all_finite, found)):
+        return
+    refuse_broken(block, block.calls)
+    raise InputError(f"{block.name}: the squares of what its layers are given overflow float32: look at its weights.")
 
 
 class _Sums:
@@ -92,6 +106,7 @@ def magnitudes(block: Block, modules: Sequence[nn.Module], largest: bool = False
         return hook
 
     _run(block, block.calls, {str(i): (module, gather(i)) for i, module in enumerate(modules)})
+    _require_finite(block, list(sums.values()))
     return [sums[i] if largest else sums[i] / counts[i] for i in range(len(modules))]
 
 

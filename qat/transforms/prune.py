@@ -13,6 +13,7 @@ from qat.nn import QuantLinear
 from qat.numerics.columns import Columns
 from qat.numerics.sparsity import Pattern, magnitude_scores, mask_of, parse_pattern, wanda_scores
 from qat.numerics.sparsity import sparsegpt as prune_weight
+from qat.options import require_whole, require_within
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
@@ -135,6 +136,8 @@ def sparsegpt(
         InputError: as `wanda`; or if a Hessian cannot be inverted, or a grid has vector codes.
     """
     zeros = parse_pattern(pattern, sparsity)
+    require_within("damping", damping, usual=0.01, low=0, high=1)
+    require_whole("block_size", block_size, usual=128)
     solve = partial(prune_weight, pattern=zeros, sparsity=sparsity, damping=damping, block_size=block_size)
 
     def prune(name: str, layer: QuantLinear, hessian: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qat.errors import InputError
+from qat.options import require_whole
 from qat.transforms.anatomy import attention_of, mlp_of
 
 _MOST = 0.95
@@ -60,8 +61,9 @@ def sizes_within(model: nn.Module, heads: float, channels: float, blocks: float,
     """
     shares = {"heads": heads, "channels": channels, "blocks": blocks}
     for option, share in shares.items():
-        if not 0 <= share <= _MOST:
+        if not isinstance(share, int | float) or not 0 <= share <= _MOST:
             raise InputError(f"{option} is {share}; it is the share to remove, from 0 to {_MOST}: set it to 0.3.")
+    require_whole("multiple_of", multiple_of, usual=64)
     if not any(shares.values()):
         raise InputError("Nothing is to be removed: set heads, channels or blocks to a share such as 0.3.")
     before = sizes_of(model)
@@ -131,7 +133,7 @@ def _channels(model: nn.Module, before: Sizes, share: float, multiple_of: int) -
     if before.channels is None:
         mlp_of(block_stack(model)[1][0])
         raise InputError("The blocks differ in their channels, which no configuration can say: set channels=0.")
-    left = max(1, round(before.channels * (1 - share) / multiple_of)) * multiple_of if multiple_of > 0 else 0
+    left = max(1, round(before.channels * (1 - share) / multiple_of)) * multiple_of
     if not 0 < left < before.channels:
         raise InputError(
             f"channels={share} of {before.channels}, in multiples of {multiple_of}, is none: set multiple_of to a "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qat.errors import InputError
 from qat.nn import QuantLayer
+from qat.options import require_within
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import Block, walk
 from qat.transforms.channels import Norm, input_matrix
@@ -48,8 +49,7 @@ def smoothquant(
         InputError: if alpha lies outside 0 to 1, no layer quantizes its input, no norm before one can take a scale, or
             there is no data.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is {alpha}; it lies between 0 (all stays in the activations) and 1: take 0.5.")
+    require_within("alpha", alpha, usual=0.5, low=0, high=1)
     if not any(_quantizes_input(layer) for _, layer in quant_layers(model)):
         raise InputError(
             "SmoothQuant serves schemes that quantize activations, and no layer quantizes its input: take scheme=w8a8, "

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.nn import PackedLayer, QuantLayer
+from qat.options import require_within
 from qat.transforms.anatomy import Part, attention_of, mlp_of
 from qat.transforms.blocks import Block, walk
 from qat.transforms.inputs import hessians
@@ -58,6 +59,7 @@ def structured(
     """
     if any(isinstance(module, QuantLayer | PackedLayer) for module in model.modules()):
         raise InputError("Remove parts before prepare: quantizers are made for the shapes that they find.")
+    require_within("damping", damping, usual=0.01, low=0, high=1)
     before = sizes_of(model)
     after = sizes_within(model, heads, channels, blocks, multiple_of)
     _rehearse(model, after)

@@ -155,7 +155,8 @@ def test_runs_with_products_of_codes_ship_what_they_evaluate(shell, arguments, s
 
 
 def test_rounding_does_not_train(shell):
-    shell.run("method=ptq", "hydra.run.dir=run")
+    output = shell.run("method=ptq", "calibration_batches=10000", "hydra.run.dir=run")
+    assert "batches, all that the training text fills, not 10000" in output
     assert list(shell.rows("run")) == ["full precision", "rounded to nearest", "converted, saved, loaded"]
     assert all(row["step"] == 0 for row in shell.rows("run").values())
 

@@ -119,6 +119,7 @@ def test_what_cannot_be_met_is_refused():
         ({"limit": 3, "unit": "byte"}, "Did you mean 'bytes'"),
         ({"limit": 3, "unit": "ms"}, "needs a table"),
         ({"limit": 3, "ms": {"int4": 1}}, "needs a table"),
+        ({"limit": "small"}, "The budget is small.*a positive number"),
         ({"limit": 3, "unit": "ms", "ms": {}, "per": "token"}, "per weight or per layer"),
     ],
 )
@@ -129,8 +130,9 @@ def test_budgets_that_mean_nothing_are_refused(arguments, message):
 
 def test_a_candidate_without_a_time_is_refused():
     _, bits, weights = problem()
-    with pytest.raises(InputError, match="no 'int2'"):
-        Budget(1, "ms", {"int4": 1.0}).spent(bits, weights)
+    for ms in ({"int4": 1.0}, {"int2": "fast", "int4": 1.0}):
+        with pytest.raises(InputError, match="no number for 'int2'"):
+            Budget(1, "ms", ms).spent(bits, weights)
 
 
 LAYERS = [
