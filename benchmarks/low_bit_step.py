@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import microseconds, ring
 from benchmarks.record import record
-from qat.kernels import ops
+from qat.kernels import product_ops
 from qat.kernels.scaled_product.operand import Operand
 from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import PerToken
@@ -120,19 +120,21 @@ def in_codes(tokens: int, size_in: int, size_out: int, compute: str, device: str
         return random(tokens, size_out), torch.rand(shape, device=device)
 
     def found(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return ops._row_codes_of(weight, None, None, torch.float32, own.name)
+        return product_ops._row_codes_of(weight, None, None, torch.float32, own.name)
 
     t, i, o = tokens, size_in, size_out
-    product = partial(ops.scaled_product, dtype=torch.bfloat16)
-    drawn = partial(ops.gradient_codes, format=grad, granularity=PerToken(), scale_dtype=torch.float32, stochastic=True)
+    product = partial(product_ops.scaled_product, dtype=torch.bfloat16)
+    drawn = partial(
+        product_ops.gradient_codes, format=grad, granularity=PerToken(), scale_dtype=torch.float32, stochastic=True
+    )
     return [
         Part("weight codes", "forward", found, lambda: (random(o, i),), 3 * o * i),
         Part("product", "forward", product, lambda: (operand(t, i, own), operand(o, i, own)), (t + o) * i),
         Part("row codes", "dgrad", partial(drawn, transpose=False), lambda: gradient(1), 3 * t * o),
-        Part("transposed weight", "dgrad", ops.transposed_codes, lambda: (codes(o, i, own),), 2 * o * i),
+        Part("transposed weight", "dgrad", product_ops.transposed_codes, lambda: (codes(o, i, own),), 2 * o * i),
         Part("product", "dgrad", product, lambda: (operand(t, o, grad), operand(i, o, own, False)), (t + i) * o),
         Part("column codes", "wgrad", partial(drawn, transpose=True), lambda: gradient(0), 3 * t * o),
-        Part("transposed input", "wgrad", ops.transposed_codes, lambda: (codes(t, i, own),), 2 * t * i),
+        Part("transposed input", "wgrad", product_ops.transposed_codes, lambda: (codes(t, i, own),), 2 * t * i),
         Part("product", "wgrad", product, lambda: (operand(o, t, grad), operand(i, t, own, False)), (o + i) * t),
     ]
 

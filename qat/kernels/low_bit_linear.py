@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat.kernels import ops
+from qat.kernels import ops, product_ops
 from qat.kernels.linear import compute_dtype, masked
 from qat.kernels.scaled_product.operand import Operand
 from qat.numerics.formats import Format
@@ -109,7 +109,7 @@ class _LowBitLinear(torch.autograd.Function):
         kept = x if _clips(how.input) else None
         ctx.save_for_backward(kept, weight, mask, x_scale, w_scale, x_codes, w_codes)
         a, b = Operand(x_codes, x_scale, how.input.format), Operand(w_codes, w_scale, how.weight.format)
-        y = ops.scaled_product(a, b, dtype)
+        y = product_ops.scaled_product(a, b, dtype)
         return (y if bias is None else y + bias).reshape(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -141,7 +141,8 @@ def _dgrad(g: Tensor, w_codes: Tensor, w_scale: Tensor, how: LowBit) -> Tensor:
     if how.grad is None or "dgrad" not in how.products:
         return g @ _values(w_codes, w_scale, how.weight, g.dtype)
     gradient = _quantized(g, w_scale.reshape(1, -1), how.grad, transpose=False)
-    return ops.scaled_product(gradient, Operand(ops.transposed_codes(w_codes), None, how.weight.format), g.dtype)
+    other = Operand(product_ops.transposed_codes(w_codes), None, how.weight.format)
+    return product_ops.scaled_product(gradient, other, g.dtype)
 
 
 def _wgrad(g: Tensor, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
@@ -149,12 +150,13 @@ def _wgrad(g: Tensor, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
     if how.grad is None or "wgrad" not in how.products:
         return g.T @ _values(x_codes, x_scale, how.input, g.dtype)
     gradient = _quantized(g, x_scale, how.grad, transpose=True)
-    return ops.scaled_product(gradient, Operand(ops.transposed_codes(x_codes), None, how.input.format), g.dtype)
+    other = Operand(product_ops.transposed_codes(x_codes), None, how.input.format)
+    return product_ops.scaled_product(gradient, other, g.dtype)
 
 
 def _quantized(g: Tensor, factor: Tensor, grid: GradGrid, transpose: bool) -> Operand:
     """g * factor, or its transpose, as codes."""
-    codes, scale = ops.gradient_codes(g, factor, *grid, transpose)
+    codes, scale = product_ops.gradient_codes(g, factor, *grid, transpose)
     return Operand(codes, scale, grid.format)
 
 

@@ -1,30 +1,26 @@
-"""The operators of the project: each declared once, with its PyTorch reference as the body.
+"""The operators of fake quantization: each declared once, with its PyTorch reference as the body.
 
-This file is the only place that decides what runs where. Operators take the view `[groups, elements]` and plain
-tensors, because `torch.library` knows neither formats nor granularities; the functions below them take ours.
+What runs where is decided here, and for products of codes in `product_ops.py`, by what `dispatch.py` knows. Operators
+take the view `[groups, elements]` and plain tensors, because `torch.library` knows neither formats nor granularities;
+the functions below them take ours.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.errors import InputError
+from qat.kernels import dispatch
 from qat.kernels.codebook_means import reference as codebook_means
+from qat.kernels.dispatch import operator
+from qat.kernels.dispatch import reference_kernels as reference_kernels
 from qat.kernels.fake_quantize import reference
-from qat.kernels.operand_codes import reference as operand_codes
-from qat.kernels.scaled_product import reference as plain_product
-from qat.kernels.scaled_product import tensor_cores
-from qat.kernels.scaled_product.operand import Operand
 from qat.kernels.siblings import once_for_siblings
-from qat.numerics import functional
 from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
-from qat.numerics.granularity import Granularity, PerTensor, PerToken
+from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
 from qat.numerics.ste import straight_through
 from qat.scratch import scratch
@@ -32,60 +28,10 @@ from qat.scratch import scratch
 # Every operator ends with the same arguments: the grid, or what it follows from.
 _GRID = "Tensor scale, Tensor? zero_point, Tensor? codebook, str format"
 _RULE = "str rule, ScalarType scale_dtype"
-_HAS_TRITON = find_spec("triton") is not None
-_references_only = False
-
-
-@contextmanager
-def reference_kernels() -> Iterator[None]:
-    """Compute with the PyTorch references, also where there are faster kernels: to test, to measure, to bisect."""
-    global _references_only
-    before, _references_only = _references_only, True
-    try:
-        yield
-    finally:
-        _references_only = before
-
-
-def _runs_triton(x: Tensor) -> bool:
-    return x.is_cuda and _HAS_TRITON and not _references_only
 
 
 def _in_triton(x: Tensor, format: Format) -> bool:
-    return _runs_triton(x) and not isinstance(format, VectorFormat)
-
-
-def _operator(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag
-) -> Callable[..., Any]:
-    """Declare one operator, `qat::name(arguments) -> results`, and return how to call it.
-
-    `torch.library.custom_op` would declare it in one call, but costs 0.1 ms a call on a CPU, 800 times in a step.
-    Torch's dispatcher too takes longer than a small kernel on a GPU: where it has nothing to do, it is passed by.
-    """
-    name, _, signature = schema.partition("(")
-    torch.library.define(f"qat::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.impl(f"qat::{name}", "default")(torch.no_grad()(reference))
-    torch.library.register_fake(f"qat::{name}", fake)
-    operator: torch._ops.OpOverload = getattr(torch.ops.qat, name).default
-
-    @wraps(reference)
-    def call(x: Tensor, *arguments: Any) -> Any:
-        return operator(x, *arguments) if _is_watched(x) else reference(x, *arguments)
-
-    return call
-
-
-def _is_watched(x: Tensor) -> bool:
-    """Whether autograd, a compiler, a mode, a profiler or a kind of tensors wants to see operators on `x`."""
-    return (
-        torch.compiler.is_compiling()
-        or not x.is_cuda
-        or torch.is_grad_enabled()
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()
-    )
+    return dispatch.runs_triton(x) and not isinstance(format, VectorFormat)
 
 
 def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
@@ -199,107 +145,54 @@ def _dynamic_params_fake(x: Tensor, rule: str, scale_dtype: torch.dtype, format:
     return scale, torch.empty_like(scale) if rule == "minmax" else scale.new_empty(0)
 
 
-def _row_codes(
-    x: Tensor, factor: Tensor | None, seed: Tensor | None, scale_dtype: torch.dtype, format: str
-) -> tuple[Tensor, Tensor]:
-    grid = parse_format(format)
-    if not _in_triton(x, grid):
-        return operand_codes.row_codes(x, factor, _noise(seed, x.shape), scale_dtype, grid)
-    from qat.kernels.operand_codes import rows
-
-    return rows.row_codes(x, factor, seed, scale_dtype, grid)
-
-
-def _column_codes(
-    x: Tensor, factor: Tensor, seed: Tensor | None, scale_dtype: torch.dtype, format: str
-) -> tuple[Tensor, Tensor]:
-    grid = parse_format(format)
-    if not _in_triton(x, grid):
-        return operand_codes.column_codes(x, factor, _noise(seed, x.T.shape), scale_dtype, grid)
-    from qat.kernels.operand_codes import columns
-
-    return columns.column_codes(x, factor, seed, scale_dtype, grid)
-
-
-def _noise(seed: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Other numbers than the kernels draw, from the same seed."""
-    if seed is None:
-        return None
-    generator = torch.Generator(seed.device).manual_seed(int(seed))
-    return torch.rand(shape, generator=generator, device=seed.device)
-
-
-def _row_codes_fake(x: Tensor, factor: Tensor | None, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(x.shape, dtype=parse_format(grid[-1]).code_dtype)
-    return codes, x.new_empty((len(x), 1), dtype=torch.float32)
-
-
-def _column_codes_fake(x: Tensor, factor: Tensor, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
-    return _row_codes_fake(x.new_empty((x.shape[1], x.shape[0])), factor, seed, *grid)
-
-
-def _transposed(codes: Tensor) -> Tensor:
-    if not _runs_triton(codes):
-        return operand_codes.transposed(codes)
-    from qat.kernels.operand_codes.transposed import transposed
-
-    return transposed(codes)
-
-
 def _lloyd_step(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor | None) -> None:
-    if not _runs_triton(x):
+    if not dispatch.runs_triton(x):
         return codebook_means.lloyd_step_(x, scale, codebook, importance)
     from qat.kernels.codebook_means import triton
 
     return triton.lloyd_step_(x, scale, codebook, importance)
 
 
-quantize_view = _operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize, _codes_fake)
-_quantize_stochastic_view = _operator(
+quantize_view = operator(f"quantize(Tensor x, {_GRID}) -> Tensor", _quantize, _codes_fake)
+_quantize_stochastic_view = operator(
     f"quantize_stochastic(Tensor x, {_GRID}) -> Tensor",
     _quantize_stochastic,
     _codes_fake,
     torch.Tag.nondeterministic_seeded,
 )
-dequantize_view_ = _operator(
+dequantize_view_ = operator(
     f"dequantize_(Tensor codes, Tensor(a!) out, {_GRID}) -> ()", _dequantize, lambda codes, out, *grid: None
 )
-fake_quantize_view = _operator(
+fake_quantize_view = operator(
     f"fake_quantize(Tensor x, ScalarType dtype, {_GRID}) -> Tensor",
     _fake_quantize,
     lambda x, dtype, *grid: x.new_empty(x.shape, dtype=dtype),
 )
 # The values of the forward pass once more. An operator of its own, because a compiler that found the other one twice
 # would keep the first result instead.
-restore_view_ = _operator(
+restore_view_ = operator(
     f"restore_(Tensor x, Tensor? codes, Tensor(a!) out, {_GRID}) -> ()", _restore, lambda x, codes, out, *grid: None
 )
-_fake_quantize_backward_ = _operator(
+_fake_quantize_backward_ = operator(
     "fake_quantize_backward_(Tensor(a!) grad, Tensor x, Tensor? codes, Tensor(b!)? x_hat, bool[] needs, "
     f"{_GRID}) -> (Tensor, Tensor, Tensor)",
     _backward_of_view,
     _backward_fake,
 )
-fake_quantize_dynamic_view = _operator(
+fake_quantize_dynamic_view = operator(
     f"fake_quantize_dynamic(Tensor x, ScalarType dtype, {_RULE}, Tensor? codebook, str format) -> Tensor",
     _dynamic,
     lambda x, dtype, *rule: x.new_empty(x.shape, dtype=dtype),
 )
-restore_dynamic_view_ = _operator(
+restore_dynamic_view_ = operator(
     f"restore_dynamic_(Tensor x, Tensor(a!) out, {_RULE}, Tensor? codebook, str format) -> ()",
     _restore_dynamic,
     lambda x, out, *rule: None,
 )
-_dynamic_params_of_view = _operator(
+_dynamic_params_of_view = operator(
     f"dynamic_params(Tensor x, {_RULE}, str format) -> (Tensor, Tensor)", _dynamic_params, _dynamic_params_fake
 )
-_CODES = "Tensor? seed, ScalarType scale_dtype, str format) -> (Tensor, Tensor)"
-_row_codes_of = _operator(f"row_codes(Tensor x, Tensor? factor, {_CODES}", _row_codes, _row_codes_fake)
-_column_codes_of = _operator(f"column_codes(Tensor x, Tensor factor, {_CODES}", _column_codes, _column_codes_fake)
-_transposed_codes = _operator(
-    "transposed_codes(Tensor codes) -> Tensor", _transposed, lambda codes: codes.new_empty(codes.shape[::-1])
-)
-_lloyd_step_ = _operator(
+_lloyd_step_ = operator(
     "lloyd_step_(Tensor x, Tensor scale, Tensor(a!) codebook, Tensor? importance) -> ()",
     _lloyd_step,
     lambda x, scale, codebook, importance: None,
@@ -446,82 +339,6 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
     return granularity.of_codes(format.block).unview(codes, codes_shape(x.shape, format))
 
 
-def codes_to_multiply(
-    x: Tensor, qparams: QParams, format: Format, granularity: Granularity, stored: bool = False
-) -> Tensor:
-    """As `quantize`; a compiler sees plain PyTorch and fuses it with what makes x, which then is written nowhere.
-
-    `stored`: x is a weight, which nothing makes. On a GPU its codes come from our kernels under a compiler too.
-    """
-    if _left_to_a_compiler(x, format, stored):
-        return functional.quantize(x.detach(), qparams, format, granularity).codes
-    return quantize(x.detach(), qparams, format, granularity)
-
-
-def dynamic_codes_to_multiply(
-    x: Tensor, rule: str, format: Format, granularity: Granularity, scale_dtype: torch.dtype, stored: bool = False
-) -> tuple[Tensor, QParams]:
-    """Codes of `x` under the scale that `rule` finds for it, and that; once for layers that stand side by side."""
-
-    def computed() -> tuple[Tensor, QParams]:
-        shape = granularity.param_shape(x.shape)
-        if _left_to_a_compiler(x, format, stored):
-            found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
-            qparams = QParams(found.scale.reshape(shape))
-        elif rule == "absmax" and granularity != PerTensor() and _in_triton(x, format):
-            codes, scale = _row_codes_of(granularity.view(x.detach()), None, None, scale_dtype, format.name)
-            return granularity.unview(codes, x.shape), QParams(scale.reshape(shape))
-        else:
-            qparams = dynamic_qparams(x, rule, format, granularity, scale_dtype)
-        return codes_to_multiply(x, qparams, format, granularity, stored), qparams
-
-    return once_for_siblings(x, ("codes", rule, format.name, granularity, scale_dtype), computed)
-
-
-def _left_to_a_compiler(x: Tensor, format: Format, stored: bool) -> bool:
-    return torch.compiler.is_compiling() and not (stored and _in_triton(x, format))
-
-
-def gradient_codes(
-    g: Tensor,
-    factor: Tensor,
-    format: Format,
-    granularity: Granularity,
-    scale_dtype: torch.dtype,
-    stochastic: bool,
-    transpose: bool,
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of g * factor, or of its transpose: the gradient as a product takes it.
-
-    On a GPU kernels find them, under a compiler too, which would sum along tokens slowly. They draw from a seed that
-    torch's generator draws, so that `torch.manual_seed` repeats them and nobody waits for the device. Elsewhere, and
-    with one scale for the whole gradient, plain PyTorch does.
-
-    Args:
-        g: `[tokens, out]`.
-        factor: float32, `[1, out]`, transposed `[tokens, 1]`, or `[1, 1]`.
-        granularity: per token (of what is returned) or per tensor.
-        transpose: whether to return codes `[out, tokens]`.
-
-    Returns:
-        codes `[tokens, out]` or `[out, tokens]`, and scales `[rows, 1]` or `[1, 1]` of them.
-    """
-    if granularity == PerToken() and _in_triton(g, format):
-        seed = torch.randint(2**62, (1,), device=g.device) if stochastic else None
-        operator = _column_codes_of if transpose else _row_codes_of
-        found: tuple[Tensor, Tensor] = operator(g, factor, seed, scale_dtype, format.name)
-        return found
-    shape = g.T.shape if transpose else g.shape
-    noise = torch.rand(shape, device=g.device) if stochastic else None
-    plain = operand_codes.column_codes if transpose else operand_codes.row_codes
-    return plain(g, factor, noise, scale_dtype, format, granularity)
-
-
-def transposed_codes(codes: Tensor) -> Tensor:
-    """`codes` `[rows, k]`, a byte each, as `[k, rows]`: contiguous on a GPU, elsewhere a view that a compiler fuses."""
-    return _transposed_codes(codes) if _runs_triton(codes) else codes.T
-
-
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:
     """Values of `codes`, shaped like the tensor that was quantized."""
     view = granularity.of_codes(format.block).view(codes)
@@ -540,12 +357,3 @@ def lloyd_step_(x: Tensor, scale: Tensor, codebook: Tensor, importance: Tensor |
         importance: weights of x, shaped like it; None weighs evenly.
     """
     _lloyd_step_(x, scale, codebook, importance)
-
-
-def scaled_product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    """y = (decode(a) @ decode(b)^T) * s_a * s_b^T, `[rows of a, rows of b]` in `dtype`.
-
-    No operator of its own: a compiler sees through it, and fuses the scales.
-    """
-    plain = _references_only or (a.is_float and not a.codes.is_cuda)
-    return (plain_product if plain else tensor_cores).scaled_product(a, b, dtype)

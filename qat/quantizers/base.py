@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import InputError
-from qat.kernels import ops
+from qat.kernels import ops, product_ops
 from qat.kernels.linear import fake_quantized_linear
 from qat.kernels.rule_linear import rule_quantized_linear
 from qat.numerics.finite import all_finite
@@ -188,9 +188,10 @@ class Quantizer(Masked, ABC):
         """
         x = self.masked(x)
         if self.rule is not None and self.follows_rule:
-            return ops.dynamic_codes_to_multiply(x, self.rule, self.format, self.granularity, self.scale_dtype, stored)
+            rule = self.rule, self.format, self.granularity, self.scale_dtype
+            return product_ops.dynamic_codes_to_multiply(x, *rule, stored)
         qparams = self.ready_qparams(x)
-        return ops.codes_to_multiply(x, qparams, self.format, self.granularity, stored), qparams
+        return product_ops.codes_to_multiply(x, qparams, self.format, self.granularity, stored), qparams
 
     @final
     @torch.no_grad()

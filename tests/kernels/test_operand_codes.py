@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.kernels import ops
+from qat.kernels import dispatch, product_ops
 from qat.kernels.operand_codes import reference
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import PerToken
@@ -119,16 +119,16 @@ def compare_layers(device):
     """A layer that takes codes from the kernels computes what one does that takes them from PyTorch."""
     from tests.nn.test_low_bit_linear import BACKWARD, gradients, layer_of
 
-    launched, before = [], ops._runs_triton
+    launched, before = [], dispatch.runs_triton
     for name in BACKWARD:
         torch.manual_seed(0)
         layer, x, g = layer_of(BACKWARD[name], 32, 24).to(device), torch.randn(3, 9, 32), torch.randn(3, 9, 24)
         layer.how = layer.how._replace(grad=layer.how.grad._replace(stochastic=False))
-        ops._runs_triton = lambda _: launched.append(1) or True
+        dispatch.runs_triton = lambda _: launched.append(1) or True
         y, found = gradients(layer, x.to(device), g.to(device))
-        ops._runs_triton = lambda _: False
+        dispatch.runs_triton = lambda _: False
         expected_y, expected = gradients(layer, x.to(device), g.to(device))
-        ops._runs_triton = before
+        dispatch.runs_triton = before
         assert launched
         torch.testing.assert_close(y, expected_y)
         for key, value in expected.items():
@@ -172,12 +172,12 @@ def test_triton_on_the_gpu(check):
 def test_a_seed_repeats_gradients_on_the_gpu_and_nobody_waits(transpose):
     g, factor = torch.randn(300, 200, device="cuda").bfloat16(), torch.ones(1, 1, device="cuda")
     arguments = g, factor, parse_format("fp8_e5m2"), PerToken(), torch.float32, True, transpose
-    ops.gradient_codes(*arguments)  # compiles
+    product_ops.gradient_codes(*arguments)  # compiles
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         torch.cuda.set_sync_debug_mode("error")
-        draws.append(ops.gradient_codes(*arguments)[0])
+        draws.append(product_ops.gradient_codes(*arguments)[0])
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qat.errors import InputError
-from qat.kernels import ops
+from qat.kernels import dispatch
+from qat.kernels import product_ops as ops
 from qat.kernels.scaled_product import reference, tensor_cores
 from qat.kernels.scaled_product.operand import Operand
 from qat.numerics.formats import parse_format
@@ -80,7 +81,7 @@ def test_sums_that_int32_cannot_hold_are_refused():
 def test_references_only_means_the_reference(monkeypatch):
     a = operand(4, 16, "int8", "rows")
     monkeypatch.setattr(tensor_cores, "scaled_product", None)
-    with ops.reference_kernels():
+    with dispatch.reference_kernels():
         assert ops.scaled_product(a, a, torch.float32).shape == (4, 4)
     with pytest.raises(TypeError):
         ops.scaled_product(a, a, torch.float32)

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import qat
 from qat.errors import InputError
-from qat.kernels import ops
+from qat.kernels import dispatch, product_ops
 from qat.kernels.ops import reference_kernels
 from qat.kernels.scaled_product import tensor_cores
 from qat.nn import LowBitLinear, PackedLinear, QuantLinear
@@ -178,7 +178,7 @@ def strict_products(monkeypatch):
     int_mm, scaled_mm, e4m3 = torch._int_mm, torch._scaled_mm, torch.float8_e4m3fn
     monkeypatch.setattr(torch, "_int_mm", demanding(int_mm, [(torch.int8, torch.int8)]))
     monkeypatch.setattr(torch, "_scaled_mm", demanding(scaled_mm, [(e4m3, e4m3), (torch.float8_e5m2, e4m3)]))
-    monkeypatch.setattr(ops, "plain_product", tensor_cores)
+    monkeypatch.setattr(product_ops, "plain_product", tensor_cores)
     return calls
 
 
@@ -212,7 +212,7 @@ OPERATORS = {
 @pytest.mark.parametrize("name", BACKWARD)
 def test_on_a_gpu_a_compiler_is_given_the_kernels_of_weights_and_gradients(name, monkeypatch):
     """And fuses the codes of activations with what makes these. The graph is one, without breaks."""
-    monkeypatch.setattr(ops, "_runs_triton", lambda _: torch.compiler.is_dynamo_compiling())
+    monkeypatch.setattr(dispatch, "runs_triton", lambda _: torch.compiler.is_dynamo_compiling())
     torch._dynamo.reset()
     graphs = []
 
