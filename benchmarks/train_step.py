@@ -7,9 +7,10 @@
 
 The model `1b` is a Llama of one billion parameters (hidden 2048, 16 layers, 128 256 tokens, tied embeddings), `8b4`
 four layers of eight billion (hidden 4096, untied), with random weights in bf16, trained at 4 x 2048 tokens a step by
-torch's fused AdamW. `8b` is all 32 layers, trained as one GPU can: AdamW with a state of 8 bits (bitsandbytes), blocks
-that are computed again for their backward pass, the loss in chunks; `8b-1` is that at 1 x 2048 tokens. All arms of a
-kind share everything but the quantizers: blocks compiled as `module.compile=inductor` does it, or eager. `ours-w4a8`
+torch's fused AdamW. `8b` is all 32 layers, trained as one GPU can: AdamW with a state of 8 bits (bitsandbytes), and
+blocks that are computed again for their backward pass; `8b-1` is that at 1 x 2048 tokens. All arms of a kind share
+everything but the quantizers: the loss by `module.loss` (--loss), blocks compiled as `module.compile=inductor` does it,
+or eager. `ours-w4a8`
 and `torchao-w4a8` have 4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the
 extremes (torchao's activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
@@ -39,7 +40,7 @@ from benchmarks.kmeans_1b import LARGE, TINY, now, peak_gib
 from benchmarks.record import record
 from lightning_modules.causal_lm import parameter_groups
 from lightning_modules.compilation import CompiledBlocks
-from lightning_modules.loss import HeadLoss
+from lightning_modules.loss import LOSSES, HeadLoss, head_loss
 from qat.atomic import replaced_file
 from qat.kernels.ops import reference_kernels
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
@@ -73,7 +74,7 @@ _KERNELS = ("_fake_quantize", "_row_codes", "_column_", "_transposed_codes")
 class Shape(NamedTuple):
     """A model and how it is trained.
 
-    frugal: with 8-bit optimizer state, checkpointed blocks and a chunked loss.
+    frugal: with 8-bit optimizer state and checkpointed blocks.
     """
 
     sizes: dict[str, Any]
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="timed steps of an arm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: those of the shape")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b"], help="models to train")
+    parser.add_argument("--loss", choices=LOSSES, default="auto", help="module.loss of all arms")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
@@ -107,6 +109,7 @@ def main() -> None:
     rows = [row for shape in shapes for backend in backends for row in compare(backend, shape, options)]
     if not options.tiny:
         command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
+        command += f" --loss {options.loss}"
         record("train_step", command, rows, ("torchao", "triton"))
 
 
@@ -133,7 +136,7 @@ def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dic
     path = options.work / f"{arm}-{backend}-{shape}.json"
     if not path.is_file():
         with ProcessPoolExecutor(1, _fresh()) as process:
-            measured = process.submit(measure, arm, backend, shape, options.steps).result()
+            measured = process.submit(measure, arm, backend, shape, options.steps, options.loss).result()
         with replaced_file(path) as temporary:
             temporary.write_text(json.dumps(measured))
         print(arm, backend, shape, measured, flush=True)
@@ -148,7 +151,7 @@ def _fresh() -> Any:
     return context
 
 
-def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
+def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") -> dict[str, float]:
     """Tokens a second and peak memory."""
     tiny, how = shape in TOYS, (TOYS | SHAPES)[shape]
     device = torch.device("cpu" if tiny else "cuda")
@@ -158,7 +161,7 @@ def measure(arm: str, backend: str, shape: str, steps: int) -> dict[str, float]:
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     quantize(model, arm)
     ids = torch.randint(config.vocab_size, how.batch, device=device)
-    loss_of = partial(loss, model, HeadLoss(model, "chunked") if how.frugal else None, ids)
+    loss_of = partial(loss, model, head_loss(model, kind), ids)
     with torch.no_grad():
         first = float(loss_of())
         if arm in SCHEMES:

@@ -119,13 +119,15 @@ class _LowBitLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_x_scale, need_w_scale, *_ = ctx.needs_input_grad
         g, how = dy.reshape(-1, dy.shape[-1]), ctx.how
         dx = dx_scale = dweight = dw_scale = None
-        if need_x or need_x_scale:
-            dx_hat = _dgrad(g, w_codes, w_scale, how).reshape(*dy.shape[:-1], weight.shape[1])
-            dx, dx_scale = _to_operand(dx_hat, x, None, x_scale, (need_x, need_x_scale), how.input)
+        needs_x, needs_weight = (need_x, need_x_scale), (need_weight, need_w_scale)
+        along_rows, along_columns = _gradient_operands(g, w_scale, x_scale, how, any(needs_x), any(needs_weight))
+        if any(needs_x):
+            dx_hat = _dgrad(g, along_rows, w_codes, w_scale, how).reshape(*dy.shape[:-1], weight.shape[1])
+            dx, dx_scale = _to_operand(dx_hat, x, None, x_scale, needs_x, how.input)
             dx = None if dx is None else dx.to(ctx.dtype)
-        if need_weight or need_w_scale:
-            dw_hat, needs = _wgrad(g, x_codes, x_scale, how), (need_weight, need_w_scale)
-            dweight, dw_scale = _to_operand(dw_hat, masked(weight, mask), w_codes, w_scale, needs, how.weight)
+        if any(needs_weight):
+            dw_hat = _wgrad(g, along_columns, x_codes, x_scale, how)
+            dweight, dw_scale = _to_operand(dw_hat, masked(weight, mask), w_codes, w_scale, needs_weight, how.weight)
         if dweight is not None and not ctx.dense_gradient:
             dweight = masked(dweight, mask)
         dbias = g.sum(0) if need_bias else None
@@ -136,28 +138,33 @@ def _clips(grid: Grid) -> bool:
     return grid.clips and grid.format.saturates
 
 
-def _dgrad(g: Tensor, w_codes: Tensor, w_scale: Tensor, how: LowBit) -> Tensor:
-    """dx_hat `[tokens, in]`."""
-    if how.grad is None or "dgrad" not in how.products:
+def _gradient_operands(
+    g: Tensor, w_scale: Tensor, x_scale: Tensor, how: LowBit, need_x: bool, need_weight: bool
+) -> tuple[Operand | None, Operand | None]:
+    """g * s_W along its rows for dgrad and (g * s_x)^T for wgrad, as codes; None where the product takes none."""
+    dgrad, wgrad = need_x and "dgrad" in how.products, need_weight and "wgrad" in how.products
+    if how.grad is None or not (dgrad or wgrad):
+        return None, None
+    across, down = w_scale.reshape(1, -1) if dgrad else None, x_scale if wgrad else None
+    found, format = product_ops.gradient_codes(g, across, down, *how.grad), how.grad.format
+    along_rows = Operand(found.row_codes, found.row_scale, format) if dgrad else None
+    return along_rows, Operand(found.column_codes, found.column_scale, format) if wgrad else None
+
+
+def _dgrad(g: Tensor, gradient: Operand | None, w_codes: Tensor, w_scale: Tensor, how: LowBit) -> Tensor:
+    """dx_hat `[tokens, in]`; of `gradient`, if there are codes."""
+    if gradient is None:
         return g @ _values(w_codes, w_scale, how.weight, g.dtype)
-    gradient = _quantized(g, w_scale.reshape(1, -1), how.grad, transpose=False)
     other = Operand(product_ops.transposed_codes(w_codes), None, how.weight.format)
     return product_ops.scaled_product(gradient, other, g.dtype)
 
 
-def _wgrad(g: Tensor, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
-    """dW_hat `[out, in]`."""
-    if how.grad is None or "wgrad" not in how.products:
+def _wgrad(g: Tensor, gradient: Operand | None, x_codes: Tensor, x_scale: Tensor, how: LowBit) -> Tensor:
+    """dW_hat `[out, in]`; of `gradient`, if there are codes."""
+    if gradient is None:
         return g.T @ _values(x_codes, x_scale, how.input, g.dtype)
-    gradient = _quantized(g, x_scale, how.grad, transpose=True)
     other = Operand(product_ops.transposed_codes(x_codes), None, how.input.format)
     return product_ops.scaled_product(gradient, other, g.dtype)
-
-
-def _quantized(g: Tensor, factor: Tensor, grid: GradGrid, transpose: bool) -> Operand:
-    """g * factor, or its transpose, as codes."""
-    codes, scale = product_ops.gradient_codes(g, factor, *grid, transpose)
-    return Operand(codes, scale, grid.format)
 
 
 def _values(codes: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from qat.kernels import dispatch, ops
 from qat.kernels.dispatch import operator
 from qat.kernels.operand_codes import reference as operand_codes
+from qat.kernels.operand_codes.reference import GradientCodes
 from qat.kernels.scaled_product import reference as plain_product
 from qat.kernels.scaled_product import tensor_cores
 from qat.kernels.scaled_product.operand import Operand
@@ -18,30 +19,39 @@ from qat.kernels.siblings import once_for_siblings
 from qat.numerics import functional
 from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import Format, parse_format
-from qat.numerics.granularity import Granularity, PerTensor, PerToken
+from qat.numerics.granularity import Granularity, PerTensor
 from qat.numerics.qtensor import QParams
 
 
-def _row_codes(
-    x: Tensor, factor: Tensor | None, seed: Tensor | None, scale_dtype: torch.dtype, format: str
-) -> tuple[Tensor, Tensor]:
+def _row_codes(x: Tensor, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
     grid = parse_format(format)
     if not ops._in_triton(x, grid):
-        return operand_codes.row_codes(x, factor, _noise(seed, x.shape), scale_dtype, grid)
+        return operand_codes.row_codes(x, scale_dtype, grid)
     from qat.kernels.operand_codes import rows
 
-    return rows.row_codes(x, factor, seed, scale_dtype, grid)
+    return rows.row_codes(x, scale_dtype, grid)
 
 
-def _column_codes(
-    x: Tensor, factor: Tensor, seed: Tensor | None, scale_dtype: torch.dtype, format: str
-) -> tuple[Tensor, Tensor]:
+def _row_codes_fake(x: Tensor, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=parse_format(format).code_dtype)
+    return codes, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def _gradient_codes(
+    g: Tensor,
+    across: Tensor | None,
+    down: Tensor | None,
+    seed: Tensor | None,
+    scale_dtype: torch.dtype,
+    format: str,
+    whole: bool,
+) -> GradientCodes:
     grid = parse_format(format)
-    if not ops._in_triton(x, grid):
-        return operand_codes.column_codes(x, factor, _noise(seed, x.T.shape), scale_dtype, grid)
-    from qat.kernels.operand_codes import columns
+    if not ops._in_triton(g, grid):
+        return operand_codes.gradient_codes(g, across, down, _noise(seed, g.shape), scale_dtype, grid, whole)
+    from qat.kernels.operand_codes import gradients
 
-    return columns.column_codes(x, factor, seed, scale_dtype, grid)
+    return gradients.gradient_codes(g, across, down, seed, scale_dtype, grid, whole)
 
 
 def _noise(seed: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -52,13 +62,15 @@ def _noise(seed: Tensor | None, shape: torch.Size) -> Tensor | None:
     return torch.rand(shape, generator=generator, device=seed.device)
 
 
-def _row_codes_fake(x: Tensor, factor: Tensor | None, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(x.shape, dtype=parse_format(grid[-1]).code_dtype)
-    return codes, x.new_empty((len(x), 1), dtype=torch.float32)
-
-
-def _column_codes_fake(x: Tensor, factor: Tensor, seed: Tensor | None, *grid: Any) -> tuple[Tensor, Tensor]:
-    return _row_codes_fake(x.new_empty((x.shape[1], x.shape[0])), factor, seed, *grid)
+def _gradient_codes_fake(
+    g: Tensor, across: Tensor | None, down: Tensor | None, seed: Tensor | None, *grid: Any
+) -> tuple[Tensor, ...]:
+    _, format, whole = grid
+    shapes = operand_codes.codes_shapes(g, across, down)
+    codes = [g.new_empty(shape, dtype=parse_format(format).code_dtype) for shape in shapes]
+    counts = operand_codes.scale_counts(g, across, down, whole)
+    scales = [g.new_empty((count, 1), dtype=torch.float32) for count in counts]
+    return codes[0], scales[0], codes[1], scales[1]
 
 
 def _transposed(codes: Tensor) -> Tensor:
@@ -69,9 +81,15 @@ def _transposed(codes: Tensor) -> Tensor:
     return transposed(codes)
 
 
-_CODES = "Tensor? seed, ScalarType scale_dtype, str format) -> (Tensor, Tensor)"
-_row_codes_of = operator(f"row_codes(Tensor x, Tensor? factor, {_CODES}", _row_codes, _row_codes_fake)
-_column_codes_of = operator(f"column_codes(Tensor x, Tensor factor, {_CODES}", _column_codes, _column_codes_fake)
+_row_codes_of = operator(
+    "row_codes(Tensor x, ScalarType scale_dtype, str format) -> (Tensor, Tensor)", _row_codes, _row_codes_fake
+)
+_gradient_codes_of = operator(
+    "gradient_codes(Tensor g, Tensor? across, Tensor? down, Tensor? seed, ScalarType scale_dtype, str format, "
+    "bool whole) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradient_codes,
+    _gradient_codes_fake,
+)
 _transposed_codes = operator(
     "transposed_codes(Tensor codes) -> Tensor", _transposed, lambda codes: codes.new_empty(codes.shape[::-1])
 )
@@ -100,7 +118,7 @@ def dynamic_codes_to_multiply(
             found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
             qparams = QParams(found.scale.reshape(shape))
         elif rule == "absmax" and granularity != PerTensor() and ops._in_triton(x, format):
-            codes, scale = _row_codes_of(granularity.view(x.detach()), None, None, scale_dtype, format.name)
+            codes, scale = _row_codes_of(granularity.view(x.detach()), scale_dtype, format.name)
             return granularity.unview(codes, x.shape), QParams(scale.reshape(shape))
         else:
             qparams = ops.dynamic_qparams(x, rule, format, granularity, scale_dtype)
@@ -115,37 +133,31 @@ def _left_to_a_compiler(x: Tensor, format: Format, stored: bool) -> bool:
 
 def gradient_codes(
     g: Tensor,
-    factor: Tensor,
+    across: Tensor | None,
+    down: Tensor | None,
     format: Format,
     granularity: Granularity,
     scale_dtype: torch.dtype,
     stochastic: bool,
-    transpose: bool,
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of g * factor, or of its transpose: the gradient as a product takes it.
+) -> GradientCodes:
+    """Codes and scales of g * across for dgrad, and of (g * down)^T for wgrad.
 
     On a GPU kernels find them, under a compiler too, which would sum along tokens slowly. They draw from a seed that
-    torch's generator draws, so that `torch.manual_seed` repeats them and nobody waits for the device. Elsewhere, and
-    with one scale for the whole gradient, plain PyTorch does.
+    torch's generator draws, so that `torch.manual_seed` repeats them and nobody waits for the device. Elsewhere plain
+    PyTorch does, which a compiler fuses.
 
     Args:
         g: `[tokens, out]`.
-        factor: float32, `[1, out]`, transposed `[tokens, 1]`, or `[1, 1]`.
-        granularity: per token (of what is returned) or per tensor.
-        transpose: whether to return codes `[out, tokens]`.
-
-    Returns:
-        codes `[tokens, out]` or `[out, tokens]`, and scales `[rows, 1]` or `[1, 1]` of them.
+        across: float32, `[1, out]` or `[1, 1]`; None where dgrad takes no codes.
+        down: float32, `[tokens, 1]` or `[1, 1]`; None where wgrad takes no codes.
+        granularity: per token, which is a scale for each row of what is returned, or per tensor.
     """
-    if granularity == PerToken() and ops._in_triton(g, format):
+    whole = granularity == PerTensor()
+    if ops._in_triton(g, format):
         seed = torch.randint(2**62, (1,), device=g.device) if stochastic else None
-        operator = _column_codes_of if transpose else _row_codes_of
-        found: tuple[Tensor, Tensor] = operator(g, factor, seed, scale_dtype, format.name)
-        return found
-    shape = g.T.shape if transpose else g.shape
-    noise = torch.rand(shape, device=g.device) if stochastic else None
-    plain = operand_codes.column_codes if transpose else operand_codes.row_codes
-    return plain(g, factor, noise, scale_dtype, format, granularity)
+        return GradientCodes(*_gradient_codes_of(g, across, down, seed, scale_dtype, format.name, whole))
+    noise = torch.rand(g.shape, device=g.device) if stochastic else None
+    return operand_codes.gradient_codes(g, across, down, noise, scale_dtype, format, whole)
 
 
 def transposed_codes(codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from qat.kernels import dispatch, product_ops
 from qat.kernels.operand_codes import reference
 from qat.numerics.formats import parse_format
-from qat.numerics.granularity import PerToken
+from qat.numerics.granularity import PerTensor, PerToken
 
 FORMATS = ["int4", "int8", "fp8_e4m3", "fp8_e5m2"]
 # Rows and columns: tiles in full, odd ones, fewer columns than noise comes in, one row, several tiles high.
@@ -30,8 +30,7 @@ def values(rows, columns):
 
 
 def factors(n, along):
-    yield (torch.rand(n) + 0.1).unsqueeze(along)
-    yield torch.full((1, 1), 0.3)
+    return [None, (torch.rand(n) + 0.1).unsqueeze(along), torch.full((1, 1), 0.3)]
 
 
 if find_spec("triton") is not None:
@@ -44,7 +43,7 @@ if find_spec("triton") is not None:
     def _read_noise(seed, out, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # noqa: N803
         row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         noise = noise_at(tl.load(seed), row, 0, columns, WIDTH)
-        tl.store(out + row[:, None] * WIDTH + column[None, :], noise)
+        tl.store(out + row[:, None] * WIDTH + column[None, :], (noise + 0.5) / 65536)
 
 
 def noise_of(seed, rows, columns, device):
@@ -55,36 +54,47 @@ def noise_of(seed, rows, columns, device):
     return out[:rows, :columns].cpu()
 
 
-def compare(device, names=FORMATS, sizes=SIZES, most=16384):
+def compare_rows(device, names=FORMATS, sizes=SIZES, most=16384):
     """`most`: elements of a row that is read once; fewer make the loop over longer rows run."""
-    from qat.kernels.operand_codes import columns, rows
+    from qat.kernels.operand_codes import rows
 
     rows._MOST, rows.TILE = most, min(rows.TILE, most)
     torch.manual_seed(0)
-    for name, (tall, wide), seeded in product(names, sizes, [False, True]):
-        x, format, what = values(tall, wide), parse_format(name), (name, tall, wide, seeded)
+    for name, (tall, wide), dtype in product(names, sizes, STORAGE):
+        x, format = values(tall, wide), parse_format(name)
+        same(rows.row_codes(x.to(device), dtype, format), reference.row_codes(x, dtype, format), (name, tall, wide))
+
+
+def compare_gradients(device, names=FORMATS, sizes=SIZES):
+    from qat.kernels.operand_codes import gradients
+
+    torch.manual_seed(0)
+    for name, (tall, wide), seeded, whole in product(names, sizes, [False, True], [False, True]):
+        x, format, what = values(tall, wide), parse_format(name), (name, tall, wide, seeded, whole)
         seed = torch.randint(2**62, (1,), device=device) if seeded else None
         noise = noise_of(seed, tall, wide, device) if seeded else None
         dtype = STORAGE[(tall + wide) % 3]
-        for factor in [None, *factors(wide, 0)]:
-            expected = reference.row_codes(x, factor, noise, dtype, format)
-            there = None if factor is None else factor.to(device)
-            same(rows.row_codes(x.to(device), there, seed, dtype, format), expected, what)
-        for factor in factors(tall, 1):
-            expected = reference.column_codes(x, factor, None if noise is None else noise.T, dtype, format)
-            same(columns.column_codes(x.to(device), factor.to(device), seed, dtype, format), expected, what)
+        for across, down in product(factors(wide, 0), factors(tall, 1)):
+            expected = reference.gradient_codes(x, across, down, noise, dtype, format, whole)
+            there = (None if factor is None else factor.to(device) for factor in (across, down))
+            found = gradients.gradient_codes(x.to(device), *there, seed, dtype, format, whole)
+            same(found, expected, what)
 
 
 def compare_spoilt(device):
     """A training that diverges must not look healthy: NaN comes through, and reaches no other row."""
-    from qat.kernels.operand_codes import columns, rows
+    from qat.kernels.operand_codes import gradients, rows
 
-    x = values(40, 24).to(device)
+    x, one = values(40, 24).to(device), torch.ones(1, 1, device=device)
     x[7, 5] = float("nan")
-    _, scale = rows.row_codes(x, None, None, torch.float32, parse_format("int8"))
+    _, scale = rows.row_codes(x, torch.float32, parse_format("int8"))
     assert scale[:, 0].isnan().nonzero().tolist() == [[7]]
-    _, scale = columns.column_codes(x, torch.ones(1, 1, device=device), None, torch.float32, parse_format("int8"))
-    assert scale[:, 0].isnan().nonzero().tolist() == [[5]]
+    found = gradients.gradient_codes(x, one, one, None, torch.float32, parse_format("int8"), False)
+    assert found.row_scale[:, 0].isnan().nonzero().tolist() == [[7]]
+    assert found.column_scale[:, 0].isnan().nonzero().tolist() == [[5]]
+    found = gradients.gradient_codes(x, one, one, None, torch.float32, parse_format("int8"), True)
+    assert found.row_scale.isnan().all()
+    assert found.column_scale.isnan().all()
 
 
 def compare_transposed(device):
@@ -147,7 +157,10 @@ CHECKS = [compare_spoilt, compare_transposed, compare_noise, compare_layers]
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
     "call",
-    ["compare('cpu')", "compare('cpu', sizes=[(3, 72)], most=16)", *(f"{check.__name__}('cpu')" for check in CHECKS)],
+    [
+        *("compare_rows('cpu')", "compare_rows('cpu', sizes=[(3, 72)], most=16)", "compare_gradients('cpu')"),
+        *(f"{check.__name__}('cpu')" for check in CHECKS),
+    ],
 )
 def test_triton_in_the_interpreter_equals_the_reference(call):
     code = f"from tests.kernels.test_operand_codes import *; {call}"
@@ -157,8 +170,9 @@ def test_triton_in_the_interpreter_equals_the_reference(call):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
-def test_triton_equals_the_reference(name):
-    compare("cuda", [name], [*SIZES, (1000, 512), (2, 20_000)])
+@pytest.mark.parametrize("check", [compare_rows, compare_gradients])
+def test_triton_equals_the_reference(check, name):
+    check("cuda", [name], [*SIZES, (1000, 512), (2, 20_000)])
 
 
 @pytest.mark.gpu
@@ -168,52 +182,55 @@ def test_triton_on_the_gpu(check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transpose", [False, True])
-def test_a_seed_repeats_gradients_on_the_gpu_and_nobody_waits(transpose):
-    g, factor = torch.randn(300, 200, device="cuda").bfloat16(), torch.ones(1, 1, device="cuda")
-    arguments = g, factor, parse_format("fp8_e5m2"), PerToken(), torch.float32, True, transpose
+@pytest.mark.parametrize("granularity", [PerToken(), PerTensor()])
+def test_a_seed_repeats_gradients_on_the_gpu_and_nobody_waits(granularity):
+    g, one = torch.randn(300, 200, device="cuda").bfloat16(), torch.ones(1, 1, device="cuda")
+    arguments = g, one, one, parse_format("fp8_e5m2"), granularity, torch.float32, True
     product_ops.gradient_codes(*arguments)  # compiles
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         torch.cuda.set_sync_debug_mode("error")
-        draws.append(product_ops.gradient_codes(*arguments)[0])
+        draws.append(product_ops.gradient_codes(*arguments))
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    assert all(torch.equal(a, b) for a, b in zip(*draws[:2], strict=True))
+    for codes in (0, 2):
+        assert not torch.equal(draws[0][codes], draws[2][codes])
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("operator", ["row_codes", "column_codes"])
-def test_gradients_are_rounded_to_a_neighbour_and_without_bias(name, operator):
-    """The operators, with the noise of the reference."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradients_are_rounded_to_a_neighbour_and_without_bias(name, whole):
+    """The operator, with the noise of the reference."""
     format, factor, draws = parse_format(name), torch.rand(1, 1) + 0.5, 600
-    x = torch.randn(8, 16)
-    scaled = (x * factor) if operator == "row_codes" else (x * factor).T
-    found = []
-    for seed in range(draws):
-        codes, scale = getattr(torch.ops.qat, operator)(x, factor, torch.tensor([seed]), torch.float32, name)
-        found.append(format.decode(codes) * scale)
+    x, columns = torch.randn(8, 16), torch.rand(8, 1) + 0.5
+    found = [
+        torch.ops.qat.gradient_codes(x, factor, columns, torch.tensor([seed]), torch.float32, name, whole)
+        for seed in range(draws)
+    ]
+    for along, scaled in ((0, x * factor), (2, (x * columns).T)):
+        scale = found[0][along + 1]
         ends = [format.encode(scaled / scale, None, torch.full_like(scaled, noise)) for noise in (0.0, 1 - 2**-24)]
-        assert ((codes == ends[0]) | (codes == ends[1])).all()
-    values = torch.stack(found)
-    gap = (format.decode(ends[1]) - format.decode(ends[0])).abs() * scale
-    # A draw is off by half the gap at most, as a standard deviation.
-    assert ((values.mean(0) - scaled).abs() <= 5 * gap / 2 / draws**0.5 + 1e-6).all()
+        assert all(((codes[along] == ends[0]) | (codes[along] == ends[1])).all() for codes in found)
+        mean = torch.stack([format.decode(codes[along]) * scale for codes in found]).mean(0)
+        gap = (format.decode(ends[1]) - format.decode(ends[0])).abs() * scale
+        # A draw is off by half the gap at most, as a standard deviation.
+        assert ((mean - scaled).abs() <= 5 * gap / 2 / draws**0.5 + 1e-6).all()
 
 
 def test_operators_are_well_formed_and_trace():
-    x, seed, checks = torch.randn(6, 20), torch.tensor([3]), ("test_schema", "test_faketensor")
+    x, seed, checks = torch.randn(6, 20), torch.tensor([3]), {"test_utils": ("test_schema", "test_faketensor")}
     grid = torch.bfloat16, "int8"
-    torch.library.opcheck(torch.ops.qat.row_codes, (x, None, None, *grid), test_utils=checks)
-    torch.library.opcheck(torch.ops.qat.row_codes, (x, torch.rand(1, 20), seed, *grid), test_utils=checks)
-    torch.library.opcheck(torch.ops.qat.column_codes, (x, torch.rand(6, 1), seed, *grid), test_utils=checks)
-    codes = torch.ops.qat.row_codes(x, None, None, *grid)[0]
-    torch.library.opcheck(torch.ops.qat.transposed_codes, (codes,), test_utils=checks)
+    torch.library.opcheck(torch.ops.qat.row_codes, (x, *grid), **checks)
+    for across, down, whole in product((None, torch.rand(1, 20)), (None, torch.rand(6, 1)), (False, True)):
+        torch.library.opcheck(torch.ops.qat.gradient_codes, (x, across, down, seed, *grid, whole), **checks)
+    codes = torch.ops.qat.row_codes(x, *grid)[0]
+    torch.library.opcheck(torch.ops.qat.transposed_codes, (codes,), **checks)
 
 
 def test_no_gradients_and_one_row():
     for rows, columns in [(0, 4), (1, 4)]:
-        x, factor = torch.randn(rows, columns), torch.ones(rows, 1)
-        codes, scale = torch.ops.qat.column_codes(x, factor, None, torch.float32, "int8")
-        assert (codes.shape, scale.shape) == ((columns, rows), (columns, 1))
+        x, factor = torch.randn(rows, columns), torch.ones(1, 1)
+        found = torch.ops.qat.gradient_codes(x, factor, factor, None, torch.float32, "int8", False)
+        shapes = [(rows, columns), (rows, 1), (columns, rows), (columns, 1)]
+        assert [tuple(part.shape) for part in found] == shapes

@@ -202,10 +202,10 @@ def test_every_product_is_one_that_a_gpu_takes(name, sizes, dtype, strict_produc
 
 
 OPERATORS = {
-    "int8": (["row_codes"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
-    "int8, per tensor": (["row_codes"], ["transposed_codes"] * 2),
-    "w4a8": (["quantize"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
-    "fp8": (["row_codes"], ["row_codes", "transposed_codes", "column_codes", "transposed_codes"]),
+    "int8": (["row_codes"], ["gradient_codes", "transposed_codes", "transposed_codes"]),
+    "int8, per tensor": (["row_codes"], ["gradient_codes", "transposed_codes", "transposed_codes"]),
+    "w4a8": (["quantize"], ["gradient_codes", "transposed_codes", "transposed_codes"]),
+    "fp8": (["row_codes"], ["gradient_codes", "transposed_codes", "transposed_codes"]),
 }
 
 
@@ -219,7 +219,7 @@ def test_on_a_gpu_a_compiler_is_given_the_kernels_of_weights_and_gradients(name,
     def note(graph, _):
         calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
         named = [call.name().removeprefix("qat::") for call in calls if getattr(call, "namespace", "") == "qat"]
-        graphs.append([call for call in named if call.split("_")[0] in ("row", "column", "transposed", "quantize")])
+        graphs.append([call for call in named if call.split("_")[0] in ("row", "gradient", "transposed", "quantize")])
         return make_boxed_func(graph.forward)
 
     layer, x, g = layer_of(BACKWARD[name], 32, 24), torch.randn(5, 32), torch.randn(5, 24)

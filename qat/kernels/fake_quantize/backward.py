@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize import reference
-from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants
+from qat.kernels.fake_quantize.grid import (
+    ENTRIES,
+    KIND,
+    decode,
+    encode,
+    grid_constants,
+    inverse_of,
+    quotient,
+    table_for,
+)
 from qat.kernels.fake_quantize.reference import Gradients
 from qat.kernels.fake_quantize.tiles import of_rows, own_rows, power_of_two, table_of, tile_at, tiling
 from qat.kernels.fake_quantize.triton import fields, per_table
@@ -71,8 +80,9 @@ def _fake_quantize_backward(
     row, piece = own_rows(pieces, ROWS)
     table = codebook
     if GRID[KIND] == "codebook":
-        table = table_of(codebook, row, rows, per_table, GRID[ENTRIES])
+        table = table_for(table_of(codebook, row, rows, per_table, GRID[ENTRIES]), GRID)
     s = of_rows(scale, row, rows, 1.0)
+    inverse = inverse_of(s)
     if HAS_ZERO_POINT:
         z = of_rows(zero_point, row, rows, 0.0)
     scale_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
@@ -85,9 +95,10 @@ def _fake_quantize_backward(
         own = tl.load(x + at, mask=inside, other=0).to(tl.float32)
         if GROUP > 0:
             own_scale = tl.load(scale + at // GROUP, mask=inside, other=1.0).to(tl.float32)
+            v = tl.div_rn(own, own_scale)
         else:
-            own_scale = tl.broadcast_to(s, own.shape)
-        v = tl.div_rn(own, own_scale)
+            own_scale = s
+            v = quotient(own, s, inverse)
         if HAS_ZERO_POINT:
             v += z
         code = encode(v, table, GRID)

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.grid import ENTRIES, KIND, grid_constants, nearest, whole
+from qat.kernels.fake_quantize.grid import (
+    ENTRIES,
+    KIND,
+    grid_constants,
+    inverse_of,
+    nearest,
+    quotient,
+    table_for,
+    whole,
+)
 from qat.kernels.fake_quantize.scales import at_least, at_most, covering_scale, rounded_up, storage_constants
 from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
 from qat.kernels.launch import launch
@@ -72,8 +81,8 @@ def _params(
 
 
 @triton.jit
-def _on_grid(x, s, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
-    v = tl.div_rn(x, tl.broadcast_to(s, x.shape))
+def _on_grid(x, s, inverse, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
+    v = quotient(x, s, inverse)
     if RULE == "minmax":
         v += z
     value = nearest(v, table, GRID)
@@ -119,16 +128,17 @@ def _fake_quantize_dynamic(
         least, most = _extremes(further, inside, least, most)
     s, z = _params(least, most, low, high, RULE, EPS, SMALLEST, LARGEST, STORAGE, EXPONENT)
     if VALUES:
+        inverse = inverse_of(s)
         table = codebook
         if GRID[KIND] == "codebook":
-            table = table_of(codebook, row, groups, per_table, GRID[ENTRIES])
+            table = table_for(table_of(codebook, row, groups, per_table, GRID[ENTRIES]), GRID)
         at, inside = tile_at(row, 0, groups, elements, WIDTH)
-        value = _on_grid(own, s, z, table, GRID, RULE)
+        value = _on_grid(own, s, inverse, z, table, GRID, RULE)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
         for step in range(1, STEPS):
             at, inside = tile_at(row, step * WIDTH, groups, elements, WIDTH)
             further = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-            value = _on_grid(further, s, z, table, GRID, RULE)
+            value = _on_grid(further, s, inverse, z, table, GRID, RULE)
             tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
     else:
         valid = (row < groups)[:, None]

@@ -25,16 +25,20 @@ KIND: tl.constexpr = tl.constexpr(0)  # as above
 LEAST: tl.constexpr = tl.constexpr(1)  # least code and greatest; of floats the greatest without its sign
 MOST: tl.constexpr = tl.constexpr(2)
 ZERO: tl.constexpr = tl.constexpr(3)  # round and floor: value of code 0
-ENTRIES: tl.constexpr = tl.constexpr(3)  # codebook: how many, the greatest power of two below, bits after two of code
+ENTRIES: tl.constexpr = tl.constexpr(3)  # codebook: how many, and the greatest power of two below
 HALF: tl.constexpr = tl.constexpr(4)
-BITS_LEFT: tl.constexpr = tl.constexpr(5)
+EARLY: tl.constexpr = tl.constexpr(5)  # codebook: bits of a code that boundaries in registers settle, and the others
+MIDDLE: tl.constexpr = tl.constexpr(6)  # but the last
 MANTISSA: tl.constexpr = tl.constexpr(3)  # float: bits of the mantissa, and of the whole
 BITS: tl.constexpr = tl.constexpr(4)
 EXPONENT: tl.constexpr = tl.constexpr(5)  # float: that of the smallest normal number
-UNBIAS: tl.constexpr = tl.constexpr(6)  # float: what makes a number of its bits in the place of a float32's
+SHRINK: tl.constexpr = tl.constexpr(6)  # float: the factor that gives float32 the exponents of the grid
+LARGEST: tl.constexpr = tl.constexpr(7)  # float: the greatest value
 
 # 1.5 * 2^23, from where on float32 holds integers only: adding it rounds what is less than 2^22, ties to even.
 _WHOLE: tl.constexpr = tl.constexpr(12582912.0)
+# The interpreter rounds products before it adds to them, so there a quotient is found by dividing.
+_DIVIDES: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 Constants = tuple[str | int | float, ...]
 
@@ -47,20 +51,64 @@ def grid_constants(format: Format) -> Constants | None:
         case VectorFormat():
             return None
         case CodebookFormat():
-            return "codebook", low, high, format.entries, 1 << (format.bits - 1), max(0, format.bits - 2)
+            early = min(3, format.bits - 1)
+            return "codebook", low, high, format.entries, 1 << (format.bits - 1), early, format.bits - 1 - early
         case IntFormat():
             return "round", float(low), float(high), 0.0
         case LevelFormat():
             return "round" if format.count % 2 else "floor", float(low), float(high), -(format.count - 1) / 2
         case FloatFormat():
             sizes = format.mantissa_bits, format.bits, format.least_exponent
-            return "float", low, format.highest, *sizes, 2.0 ** (126 + format.least_exponent)
+            return "float", low, format.highest, *sizes, 2.0 ** (-126 - format.least_exponent), format.range()[1]
     return None
 
 
 @triton.jit
+def quotient(x, s, inverse):
+    """x / s, rounded to nearest, as PyTorch divides; `s` `[ROWS, 1]` and its inverse, 1 / s rounded to nearest.
+
+    Two corrections of x * inverse by the exact remainder, on the units that multiply, instead of a division for every
+    element: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM J. Res. Dev. 34
+    (1990), theorem on quotients. It holds where no remainder is lost below 2^-149: for x above 2^-101.
+    """
+    if _DIVIDES:
+        exact = tl.div_rn(x, tl.broadcast_to(s, x.shape))
+    else:
+        first, negative = x * inverse, -s  # of s, because Triton subtracts from zero for it
+        nearer = tl.fma(tl.fma(first, negative, x), inverse, first)
+        nearest = tl.fma(tl.fma(nearer, negative, x), inverse, nearer)
+        # There is no remainder of infinity.
+        exact = tl.where(tl.abs(first) < 1e30, nearest, first)
+    return exact
+
+
+@triton.jit
+def inverse_of(s):
+    """1 / s, rounded to nearest."""
+    return tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+
+
+@triton.jit
+def table_for(pointer, GRID: tl.constexpr):
+    """A codebook for the functions below: where its rows lie `[ROWS, 1]`, and the boundaries that stay in registers.
+
+    These settle the first bits of a code: boundary number i of 2^EARLY is the one before entry 2 HIGHEST / 2^EARLY * i.
+    """
+    STEP: tl.constexpr = 2 * GRID[HALF] >> GRID[EARLY]
+    COUNT: tl.constexpr = GRID[ENTRIES]
+    b4 = _boundary(pointer, GRID[HALF], COUNT)
+    b1, b2, b3, b5, b6, b7 = b4, b4, b4, b4, b4, b4
+    if GRID[EARLY] >= 2:
+        b2, b6 = _boundary(pointer, GRID[HALF] // 2, COUNT), _boundary(pointer, GRID[HALF] // 2 * 3, COUNT)
+    if GRID[EARLY] >= 3:
+        b1, b3 = _boundary(pointer, STEP, COUNT), _boundary(pointer, STEP * 3, COUNT)
+        b5, b7 = _boundary(pointer, STEP * 5, COUNT), _boundary(pointer, STEP * 7, COUNT)
+    return pointer, b1, b2, b3, b4, b5, b6, b7
+
+
+@triton.jit
 def encode(v, table, GRID: tl.constexpr):
-    """Codes of `v` `[ROWS, WIDTH]` float32, as float32 (round, floor) or int32; `table` points to `[ROWS, 1]` rows."""
+    """Codes of `v` `[ROWS, WIDTH]` float32, as float32 (round, floor) or int32; `table` as `table_for` returns it."""
     if GRID[KIND] == "codebook":
         code, _ = _entry(v, table, GRID)
     elif GRID[KIND] == "float":
@@ -71,9 +119,12 @@ def encode(v, table, GRID: tl.constexpr):
 
 
 @triton.jit
-def drawn(v, noise, GRID: tl.constexpr):
-    """Codes of `v` rounded at random by `noise`, as `Format.encode` does; round and float, the grids of gradients."""
-    return _drawn_pattern(v, noise, GRID) if GRID[KIND] == "float" else _drawn_cell(v, noise, GRID)
+def drawn(v, bits, GRID: tl.constexpr):
+    """Codes of `v` rounded at random; round and float, the grids of gradients.
+
+    As `Format.encode` does with noise = (bits + 1/2) / 2^16, for `bits` of 0 to 2^16 - 1.
+    """
+    return _drawn_pattern(v, bits, GRID) if GRID[KIND] == "float" else _drawn_cell(v, bits, GRID)
 
 
 @triton.jit
@@ -81,6 +132,8 @@ def nearest(v, table, GRID: tl.constexpr):
     """Values of the grid nearest to `v`: what `decode` makes of its codes."""
     if GRID[KIND] == "codebook":
         _, value = _entry(v, table, GRID)
+    elif GRID[KIND] == "float":
+        value = _with_sign_of(v, _nearest_magnitude(v, GRID))
     else:
         value = decode(encode(v, table, GRID), table, GRID)
     return value
@@ -96,12 +149,18 @@ def read(stored, GRID: tl.constexpr):
 def decode(code, table, GRID: tl.constexpr):
     """Values, float32, of what `encode` returns."""
     if GRID[KIND] == "codebook":
-        value = tl.load(table + code)
+        value = tl.load(table[0] + code)
     elif GRID[KIND] == "float":
         value = _number(code, GRID)
     else:
-        value = code + GRID[ZERO]
+        value = _moved(code, GRID[ZERO])
     return value
+
+
+@triton.jit
+def _moved(value, BY: tl.constexpr):
+    """value + BY; compilers keep the addition of zero, since it makes 0 of -0, which rounded numbers never are."""
+    return value if BY == 0 else value + BY
 
 
 @triton.jit
@@ -117,60 +176,71 @@ def _cell(v, GRID: tl.constexpr):
     highest = GRID[MOST] + GRID[ZERO]
     limited = tl.minimum(tl.maximum(v, lowest), highest)
     value = whole(limited) if GRID[KIND] == "round" else tl.floor(limited) + 0.5
-    return value - GRID[ZERO]
+    return _moved(value, -GRID[ZERO])
 
 
 @triton.jit
-def _drawn_cell(v, noise, GRID: tl.constexpr):
+def _drawn_cell(v, bits, GRID: tl.constexpr):
+    # As the mantissa of a number between 1 and 2.
+    noise = ((bits << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
     value = tl.minimum(tl.maximum(tl.floor(v + noise), GRID[LEAST] + GRID[ZERO]), GRID[MOST] + GRID[ZERO])
-    return value - GRID[ZERO]
+    return _moved(value, -GRID[ZERO])
+
+
+# Small floats. Multiplied by SHRINK, a float32 has the exponents of the grid, its subnormal numbers too, so that the
+# leading bits of its pattern are those of the grid's.
+
+
+@triton.jit
+def _nearest_magnitude(v, GRID: tl.constexpr):
+    """|v| rounded to the grid: adding the power of two whose last bit is the spacing there rounds, ties to even."""
+    magnitude = tl.minimum(tl.abs(v), GRID[LARGEST])
+    # Below the normal numbers the spacing stays the same.
+    power = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, (127 + GRID[EXPONENT]) << 23)
+    rounder = (power + ((23 - GRID[MANTISSA]) << 23)).to(tl.float32, bitcast=True)
+    return (magnitude + rounder) - rounder
 
 
 @triton.jit
 def _pattern(v, GRID: tl.constexpr):
-    exponent, steps = _steps(v, GRID)
-    return _assembled(v, exponent, (steps + _WHOLE).to(tl.int32, bitcast=True) & 0x3FFFFF, GRID)
+    bits = (_nearest_magnitude(v, GRID) * GRID[SHRINK]).to(tl.int32, bitcast=True)
+    return (bits >> (23 - GRID[MANTISSA])) | _sign_bit(v, GRID)
 
 
 @triton.jit
-def _drawn_pattern(v, noise, GRID: tl.constexpr):
-    exponent, steps = _steps(v, GRID)
-    return _assembled(v, exponent, tl.floor(steps + noise).to(tl.int32), GRID)
-
-
-@triton.jit
-def _steps(v, GRID: tl.constexpr):
-    """The exponent of each number, and how many times the spacing of the grid there it is, without its sign."""
-    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    # Below the normal numbers the spacing stays the same.
-    exponent = tl.maximum((magnitude >> 23) - 127, GRID[EXPONENT])
-    per_spacing = ((127 + GRID[MANTISSA] - exponent) << 23).to(tl.float32, bitcast=True)
-    return exponent, magnitude.to(tl.float32, bitcast=True) * per_spacing
-
-
-@triton.jit
-def _assembled(v, exponent, count, GRID: tl.constexpr):
-    """The bit pattern of `count` spacings at `exponent`, with the sign of `v`."""
+def _drawn_pattern(v, bits, GRID: tl.constexpr):
+    BELOW: tl.constexpr = 23 - GRID[MANTISSA]  # bits that the grid has no room for
+    magnitude = (v * GRID[SHRINK]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     # A carry into the next exponent is the right code by itself.
-    code = tl.minimum(count + ((exponent - GRID[EXPONENT]) << GRID[MANTISSA]), GRID[MOST])
-    return tl.where(v.to(tl.int32, bitcast=True) < 0, code + (1 << (GRID[BITS] - 1)), code)
+    code = (magnitude + ((bits << (BELOW - 16)) | (1 << (BELOW - 17)))) >> BELOW
+    return tl.minimum(code, GRID[MOST]) | _sign_bit(v, GRID)
+
+
+@triton.jit
+def _sign_bit(v, GRID: tl.constexpr):
+    return (v.to(tl.int32, bitcast=True) >> (32 - GRID[BITS])) & (1 << (GRID[BITS] - 1))
+
+
+@triton.jit
+def _with_sign_of(v, magnitude):
+    sign = v.to(tl.int32, bitcast=True) & -0x80000000
+    return (magnitude.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _number(code, GRID: tl.constexpr):
     sign = 1 << (GRID[BITS] - 1)
     magnitude = tl.minimum(code & (sign - 1), GRID[MOST])
-    # The exponent and the mantissa lie in a float32 as they lie in the code, but for the bias.
-    unbiased = (magnitude << (23 - GRID[MANTISSA])).to(tl.float32, bitcast=True)
-    value = unbiased * GRID[UNBIAS]
+    GROW: tl.constexpr = 1 / GRID[SHRINK]
+    value = (magnitude << (23 - GRID[MANTISSA])).to(tl.float32, bitcast=True) * GROW
     return tl.where(code >= sign, -value, value)
 
 
 @triton.jit
-def _boundary(table, K: tl.constexpr, COUNT: tl.constexpr):
+def _boundary(pointer, K: tl.constexpr, COUNT: tl.constexpr):
     """Halfway between the entries before and at K, `[ROWS, 1]`; beyond the last, infinity."""
     last: tl.constexpr = min(K, COUNT - 1)
-    middle = (tl.load(table + last - 1) + tl.load(table + last)) / 2
+    middle = (tl.load(pointer + last - 1) + tl.load(pointer + last)) * 0.5
     return middle if K < COUNT else tl.full(middle.shape, float("inf"), tl.float32)
 
 
@@ -178,34 +248,51 @@ def _boundary(table, K: tl.constexpr, COUNT: tl.constexpr):
 def _entry(v, table, GRID: tl.constexpr):
     """The code of the entry nearest to `v`, and its value: a search by halving.
 
-    Each comparison settles a bit. The boundaries of the first two are the same for a whole row; the others are read
-    from where the codebook lies, one cache line for all of a warp, and the last of them has read the value.
+    Each comparison settles a bit, the first ones by boundaries from registers, the others by entries from memory, one
+    cache line for all of a warp. The last one reads the two entries that are left, one of which is the value.
     """
+    pointer, b1, b2, b3, b4, b5, b6, b7 = table
     COUNT: tl.constexpr = GRID[ENTRIES]
     HIGHEST: tl.constexpr = GRID[HALF]
-    upper = v > _boundary(table, HIGHEST, COUNT)
-    code = tl.where(upper, HIGHEST, 0)
-    if HIGHEST == 1:
-        value = tl.where(upper, tl.load(table + 1), tl.load(table))
+    EARLY_BITS: tl.constexpr = GRID[EARLY]
+    code = tl.zeros(v.shape, tl.int32)
+    if EARLY_BITS >= 1:
+        upper = v > b4
+        code = tl.where(upper, HIGHEST, 0)
+    if EARLY_BITS >= 2:
+        passed = v > tl.where(upper, b6, b2)
+        code = tl.where(passed, code + HIGHEST // 2, code)
+    if EARLY_BITS >= 3:
+        passed = v > tl.where(passed, tl.where(upper, b7, b3), tl.where(upper, b5, b1))
+        code = tl.where(passed, code + HIGHEST // 4, code)
+    LEVELS: tl.constexpr = GRID[MIDDLE]
+    for level in tl.static_range(LEVELS):
+        step = HIGHEST >> (EARLY_BITS + level)
+        below, above = _around(pointer + code, code, step, COUNT, HIGHEST)
+        code = tl.where(v > (below + above) * 0.5, code + step, code)
+    below, above = _last_two(pointer + code, code, COUNT, HIGHEST)
+    passed = v > (below + above) * 0.5
+    return tl.where(passed, code + 1, code), tl.where(passed, above, below)
+
+
+@triton.jit
+def _around(own, code, step, COUNT: tl.constexpr, HIGHEST: tl.constexpr):
+    """The entries before and at `step` from `own`; infinity beyond the last."""
+    if COUNT == 2 * HIGHEST:
+        below, above = tl.load(own + (step - 1)), tl.load(own + step)
     else:
-        NEXT: tl.constexpr = HIGHEST // 2
-        boundary = tl.where(upper, _boundary(table, HIGHEST + NEXT, COUNT), _boundary(table, NEXT, COUNT))
-        passed = v > boundary
-        code = tl.where(passed, code + NEXT, code)
-        value = v
-        LEFT: tl.constexpr = GRID[BITS_LEFT]
-        for bit in tl.static_range(LEFT):
-            step = HIGHEST >> (bit + 2)
-            own = table + code
-            if COUNT == 2 * HIGHEST:
-                below = tl.load(own + (step - 1))
-                above = tl.load(own + step)
-            else:
-                below = tl.load(own + (step - 1), mask=code + (step - 1) < COUNT, other=float("inf"))
-                above = tl.load(own + step, mask=code + step < COUNT, other=float("inf"))
-            passed = v > (below + above) / 2
-            code = tl.where(passed, code + step, code)
-            value = tl.where(passed, above, below)
-        if HIGHEST == 2:
-            value = tl.load(table + code)
-    return code, value
+        below = tl.load(own + (step - 1), mask=code + (step - 1) < COUNT, other=float("inf"))
+        above = tl.load(own + step, mask=code + step < COUNT, other=float("inf"))
+    return below, above
+
+
+@triton.jit
+def _last_two(own, code, COUNT: tl.constexpr, HIGHEST: tl.constexpr):
+    """The entries at `own` and after it; of full codebooks by one load."""
+    if COUNT == 2 * HIGHEST:
+        pair = tl.load(own.to(tl.pointer_type(tl.int64), bitcast=True))
+        below = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        above = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        below, above = _around(own, code, 1, COUNT, HIGHEST)
+    return below, above

@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.grid import ENTRIES, KIND, decode, encode, grid_constants, nearest, read
+from qat.kernels.fake_quantize.grid import (
+    ENTRIES,
+    KIND,
+    decode,
+    encode,
+    grid_constants,
+    inverse_of,
+    nearest,
+    quotient,
+    read,
+    table_for,
+)
 from qat.kernels.fake_quantize.tiles import of_rows, own_rows, table_of, tile_at, tiling
 from qat.kernels.launch import launch
 from qat.numerics.formats import Format
@@ -42,13 +53,13 @@ def _fake_quantize(
     at, inside = tile_at(row, piece * WIDTH, groups, elements, WIDTH)
     table = codebook
     if GRID[KIND] == "codebook":
-        table = table_of(codebook, row, groups, per_table, GRID[ENTRIES])
+        table = table_for(table_of(codebook, row, groups, per_table, GRID[ENTRIES]), GRID)
     s = of_rows(scale, row, groups, 1.0)
     if HAS_ZERO_POINT:
         z = of_rows(zero_point, row, groups, 0.0)
     found = tl.load(source + at, mask=inside, other=0)
     if ENCODE:
-        v = tl.div_rn(found.to(tl.float32), tl.broadcast_to(s, found.shape))
+        v = quotient(found.to(tl.float32), s, inverse_of(s))
         if HAS_ZERO_POINT:
             v += z
         found = nearest(v, table, GRID) if DECODE else encode(v, table, GRID)
