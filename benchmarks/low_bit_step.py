@@ -5,10 +5,10 @@
     python -m benchmarks.low_bit_step --tiny   the same code at toy size, on any machine; on a CPU it writes nothing
 
 The linear layers of a Llama of one billion parameters (`1b`) and of eight (`8b`), [in, out] each, for 8192 tokens.
-`share` is the time of a part over that of the product in bf16 which it serves: `row codes` of the gradient and
-`transposed weight` serve dgrad, `column codes` of the gradient and `transposed input` wgrad, `weight codes` the
-forward product. `all` is everything together over the three products in bf16. The codes of the input are not in it,
-since a compiler finds them with what makes the input.
+`share` is the time of a part over that of the products in bf16 which it serves: `weight codes` serve the forward
+product, `gradient codes` both of the backward pass, `transposed weight` dgrad and `transposed input` wgrad. `all` is
+everything together over the three products in bf16. The codes of the input are not in it, since a compiler finds them
+with what makes the input.
 """
 
 import argparse
@@ -83,10 +83,12 @@ def measure(model: str, tokens: int, size_in: int, size_out: int, computes: Sequ
         return us
 
     bf16 = {part.serves: note(part, "bf16") for part in in_bf16(tokens, size_in, size_out, device)}
+    whole = sum(bf16.values())
+    bf16["backward"] = bf16["dgrad"] + bf16["wgrad"]
     for compute in computes:
         parts = in_codes(tokens, size_in, size_out, compute, device)
         total = sum(note(part, compute, bf16[part.serves]) for part in parts)
-        share = total / sum(bf16.values())
+        share = total / whole
         rows.append(sizes | {"compute": compute, "part": "all", "serves": "all", "us": total, "share": share})
         print(rows[-1], flush=True)
     return rows
@@ -115,12 +117,11 @@ def in_codes(tokens: int, size_in: int, size_out: int, compute: str, device: str
     def codes(rows: int, k: int, format: Format) -> Tensor:
         return format.encode(torch.randn(rows, k, device=device))
 
-    def gradient(along: int) -> tuple[Tensor, Tensor]:
-        shape = (1, size_out) if along else (tokens, 1)
-        return random(tokens, size_out), torch.rand(shape, device=device)
+    def gradient() -> tuple[Tensor, Tensor, Tensor]:
+        return random(tokens, size_out), torch.rand(1, size_out, device=device), torch.rand(tokens, 1, device=device)
 
     def found(weight: Tensor) -> tuple[Tensor, Tensor]:
-        return product_ops._row_codes_of(weight, None, None, torch.float32, own.name)
+        return product_ops._row_codes_of(weight, torch.float32, own.name)
 
     t, i, o = tokens, size_in, size_out
     product = partial(product_ops.scaled_product, dtype=torch.bfloat16)
@@ -130,10 +131,9 @@ def in_codes(tokens: int, size_in: int, size_out: int, compute: str, device: str
     return [
         Part("weight codes", "forward", found, lambda: (random(o, i),), 3 * o * i),
         Part("product", "forward", product, lambda: (operand(t, i, own), operand(o, i, own)), (t + o) * i),
-        Part("row codes", "dgrad", partial(drawn, transpose=False), lambda: gradient(1), 3 * t * o),
+        Part("gradient codes", "backward", drawn, gradient, 4 * t * o),
         Part("transposed weight", "dgrad", product_ops.transposed_codes, lambda: (codes(o, i, own),), 2 * o * i),
         Part("product", "dgrad", product, lambda: (operand(t, o, grad), operand(i, o, own, False)), (t + i) * o),
-        Part("column codes", "wgrad", partial(drawn, transpose=True), lambda: gradient(0), 3 * t * o),
         Part("transposed input", "wgrad", product_ops.transposed_codes, lambda: (codes(t, i, own),), 2 * t * i),
         Part("product", "wgrad", product, lambda: (operand(o, t, grad), operand(i, t, own, False)), (o + i) * t),
     ]

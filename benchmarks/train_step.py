@@ -68,7 +68,7 @@ ARMS = (REFERENCE, *SCHEMES, "torchao-w4a8")
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 _WARM_UP = 4
-_KERNELS = ("_fake_quantize", "_row_codes", "_column_", "_transposed_codes")
+_KERNELS = ("_fake_quantize", "_row_codes", "_gradient_", "_transposed_codes")
 
 
 class Shape(NamedTuple):

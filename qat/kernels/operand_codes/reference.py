@@ -57,10 +57,8 @@ def gradient_codes(
         format: integers or small floats.
         whole: whether all rows share a scale, and all columns another one.
     """
-    how = scale_dtype, format, whole
-    return GradientCodes(
-        *_codes(g, across, noise, *how, transpose=False), *_codes(g, down, noise, *how, transpose=True)
-    )
+    how = noise, scale_dtype, format, whole
+    return GradientCodes(*_codes(g, across, False, *how), *_codes(g, down, True, *how))
 
 
 def codes_shapes(g: Tensor, across: Tensor | None, down: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
