@@ -141,7 +141,7 @@ def test_low_bit_step(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--tiny"])
     low_bit_step.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + 2 * (8 + 1)
+    assert len(lines) == 3 + 2 * (7 + 1)
     assert all("'us': " in line for line in lines)
 
 

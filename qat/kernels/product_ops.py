@@ -48,13 +48,13 @@ def _gradient_codes(
 ) -> GradientCodes:
     grid = parse_format(format)
     if not ops._in_triton(g, grid):
-        return operand_codes.gradient_codes(g, across, down, _noise(seed, g.shape), scale_dtype, grid, whole)
+        return operand_codes.gradient_codes(g, across, down, _noise(seed, (2, *g.shape)), scale_dtype, grid, whole)
     from qat.kernels.operand_codes import gradients
 
     return gradients.gradient_codes(g, across, down, seed, scale_dtype, grid, whole)
 
 
-def _noise(seed: Tensor | None, shape: torch.Size) -> Tensor | None:
+def _noise(seed: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """Other numbers than the kernels draw, from the same seed."""
     if seed is None:
         return None
@@ -156,7 +156,7 @@ def gradient_codes(
     if ops._in_triton(g, format):
         seed = torch.randint(2**62, (1,), device=g.device) if stochastic else None
         return GradientCodes(*_gradient_codes_of(g, across, down, seed, scale_dtype, format.name, whole))
-    noise = torch.rand(g.shape, device=g.device) if stochastic else None
+    noise = torch.rand(2, *g.shape, device=g.device) if stochastic else None
     return operand_codes.gradient_codes(g, across, down, noise, scale_dtype, format, whole)
 
 

@@ -5,8 +5,7 @@
     float     the bit patterns of small floating-point numbers
     codebook  the number of boundaries below the value; a boundary lies halfway between two ascending entries
 
-Each does what the `Format` of `qat.numerics.formats` does, to the bit. There is no inline PTX, so that everything runs
-in Triton's interpreter too.
+Each does what the `Format` of `qat.numerics.formats` does, to the bit, and everything runs in Triton's interpreter too.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
@@ -37,8 +36,8 @@ LARGEST: tl.constexpr = tl.constexpr(7)  # float: the greatest value
 
 # 1.5 * 2^23, from where on float32 holds integers only: adding it rounds what is less than 2^22, ties to even.
 _WHOLE: tl.constexpr = tl.constexpr(12582912.0)
-# The interpreter rounds products before it adds to them, so there a quotient is found by dividing.
-_DIVIDES: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+# Triton's interpreter has no PTX, and rounds products before it adds to them.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 Constants = tuple[str | int | float, ...]
 
@@ -71,7 +70,7 @@ def quotient(x, s, inverse):
     element: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM J. Res. Dev. 34
     (1990), theorem on quotients. It holds where no remainder is lost below 2^-149: for x above 2^-101.
     """
-    if _DIVIDES:
+    if INTERPRETED:
         exact = tl.div_rn(x, tl.broadcast_to(s, x.shape))
     else:
         first, negative = x * inverse, -s  # of s, because Triton subtracts from zero for it
@@ -122,7 +121,7 @@ def encode(v, table, GRID: tl.constexpr):
 def drawn(v, bits, GRID: tl.constexpr):
     """Codes of `v` rounded at random; round and float, the grids of gradients.
 
-    As `Format.encode` does with noise = (bits + 1/2) / 2^16, for `bits` of 0 to 2^16 - 1.
+    As `Format.encode` does with noise = (bits + 1/2) / 256, for `bits` of 0 to 255.
     """
     return _drawn_pattern(v, bits, GRID) if GRID[KIND] == "float" else _drawn_cell(v, bits, GRID)
 
@@ -182,7 +181,7 @@ def _cell(v, GRID: tl.constexpr):
 @triton.jit
 def _drawn_cell(v, bits, GRID: tl.constexpr):
     # As the mantissa of a number between 1 and 2.
-    noise = ((bits << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+    noise = ((bits << 15) | 0x3F804000).to(tl.float32, bitcast=True) - 1.0
     value = tl.minimum(tl.maximum(tl.floor(v + noise), GRID[LEAST] + GRID[ZERO]), GRID[MOST] + GRID[ZERO])
     return _moved(value, -GRID[ZERO])
 
@@ -210,9 +209,9 @@ def _pattern(v, GRID: tl.constexpr):
 @triton.jit
 def _drawn_pattern(v, bits, GRID: tl.constexpr):
     BELOW: tl.constexpr = 23 - GRID[MANTISSA]  # bits that the grid has no room for
-    magnitude = (v * GRID[SHRINK]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    magnitude = (tl.abs(v) * GRID[SHRINK]).to(tl.int32, bitcast=True)
     # A carry into the next exponent is the right code by itself.
-    code = (magnitude + ((bits << (BELOW - 16)) | (1 << (BELOW - 17)))) >> BELOW
+    code = (magnitude + ((bits << (BELOW - 8)) | (1 << (BELOW - 9)))) >> BELOW
     return tl.minimum(code, GRID[MOST]) | _sign_bit(v, GRID)
 
 

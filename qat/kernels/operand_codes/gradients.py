@@ -1,4 +1,4 @@
-"""Codes of a gradient for both products of a backward pass: `reference.gradient_codes`, to the bit but for the noise.
+"""Codes of a gradient for both products of a backward pass: `reference.gradient_codes`.
 
 One pass finds the extremes of rows and of columns, a second one the codes, of which it writes those along columns
 transposed: an element is read twice and written twice. Extremes of parts meet in atomic maxima, which are the same in
@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.grid import drawn, encode, grid_constants, inverse_of
+from qat.kernels.fake_quantize.grid import encode, grid_constants, inverse_of
 from qat.kernels.fake_quantize.scales import covering_scale, storage_constants
 from qat.kernels.fake_quantize.tiles import ceil_div, power_of_two, tile_at
 from qat.kernels.launch import launch
 from qat.kernels.operand_codes import reference
+from qat.kernels.operand_codes.drawing import drawn_codes
 from qat.kernels.operand_codes.reference import GradientCodes
 from qat.kernels.operand_codes.tiles import NO_TABLE, TALL, WARPS, WIDE, magnitude_bits, noise_at
 from qat.numerics.formats import Format
@@ -128,17 +129,16 @@ def _gradient_codes(
     row, column = block * TALL + tl.arange(0, TALL), first + tl.arange(0, WIDE)
     at, inside = tile_at(row, first, rows, columns, WIDE)
     own = tl.load(g + at, mask=inside, other=0).to(tl.float32)
-    # One draw serves both codes: no product multiplies one with the other.
-    noise = noise_at(tl.load(seed), row, first, columns, WIDE) if DRAWN else NO_TABLE
+    for_rows, for_columns = noise_at(tl.load(seed), row, first, columns, WIDE) if DRAWN else (NO_TABLE, NO_TABLE)
     if ACROSS:
         v = own * _factors(across, column, columns, across_step)[None, :]
         v *= _factors(row_inverse, row, rows, 0 if WHOLE else 1)[:, None]
-        code = drawn(v, noise, GRID) if DRAWN else encode(v, NO_TABLE, GRID)
+        code = drawn_codes(v, for_rows, first, GRID, WIDE) if DRAWN else encode(v, NO_TABLE, GRID)
         tl.store(row_codes + at, code.to(row_codes.dtype.element_ty), mask=inside)
     if DOWN:
         v = own * _factors(down, row, rows, down_step)[:, None]
         v *= _factors(column_inverse, column, columns, 0 if WHOLE else 1)[None, :]
-        code = drawn(v, noise, GRID) if DRAWN else encode(v, NO_TABLE, GRID)
+        code = drawn_codes(v, for_columns, first, GRID, WIDE) if DRAWN else encode(v, NO_TABLE, GRID)
         at, inside = tile_at(column, block * TALL, columns, rows, TALL)
         tl.store(column_codes + at, tl.trans(code.to(column_codes.dtype.element_ty)), mask=inside)
 

@@ -52,13 +52,14 @@ def gradient_codes(
         g: `[rows, columns]`.
         across: `[1, columns]` or `[1, 1]` float32; None wants no codes along rows.
         down: `[rows, 1]` or `[1, 1]` float32; None wants no codes along columns.
-        noise: as `Format.encode` takes it, `[rows, columns]`; None rounds to nearest.
+        noise: as `Format.encode` takes it, `[2, rows, columns]`, one for each product; None rounds to nearest.
         scale_dtype: what scales are rounded up to.
         format: integers or small floats.
         whole: whether all rows share a scale, and all columns another one.
     """
-    how = noise, scale_dtype, format, whole
-    return GradientCodes(*_codes(g, across, False, *how), *_codes(g, down, True, *how))
+    for_rows, for_columns = (None, None) if noise is None else noise
+    how = scale_dtype, format, whole
+    return GradientCodes(*_codes(g, across, False, for_rows, *how), *_codes(g, down, True, for_columns, *how))
 
 
 def codes_shapes(g: Tensor, across: Tensor | None, down: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
