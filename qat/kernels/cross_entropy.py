@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qat.kernels import dispatch
 from qat.kernels.linear import compute_dtype
+from qat.kernels.logits import reference
 
 
 def linear_cross_entropy(
@@ -66,27 +68,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         # Sums over chunks are in float32, like those over tokens within a matrix product.
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        dweight = torch.empty_like(weight, dtype=torch.float32) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        wanted = not (dx is None and dweight is None and dbias is None)
         for rows in _chunks(len(x), chunk):
-            own, counts = x[rows], targets[rows] != ignored
-            z, slope = _shaped(F.linear(own, weight, bias), scale, softcap)
-            target = torch.where(counts, targets[rows], 0)[:, None]
-            log_p = F.log_softmax(z, 1, dtype=torch.float32)
-            del z
-            loss -= torch.where(counts[:, None], log_p.gather(1, target), 0).sum()
-            if dx is None and dweight is None and dbias is None:
+            z = F.linear(x[rows], weight, bias)
+            losses, dz = _kernels(z).loss_and_gradient(z, targets[rows], scale, softcap, ignored, wanted)
+            loss += losses.sum()
+            if dz is None:
                 continue
-            dz = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))
-            dz = dz if slope is None else dz.mul_(slope)
             if dbias is not None:
-                dbias += counts.float() @ dz
-            dz = dz.to(x.dtype)
-            # What does not count is left out on the side of x, which is smaller than the logits.
+                dbias += dz.sum(0, dtype=torch.float32)
             if dx is not None:
-                torch.mm(dz, weight, out=dx[rows]).mul_(counts[:, None])
+                torch.mm(dz, weight, out=dx[rows])
             if dweight is not None:
-                _add_product(dweight, dz.T, own * counts[:, None])
+                _add_product(dweight, dz.T, x[rows], first=rows.start == 0)
+        if dweight is not None and not len(x):
+            dweight.zero_()
         ctx.gradients = dx, dweight, dbias
         ctx.dtypes = x.dtype, weight.dtype
         return loss
@@ -99,28 +97,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         return (
             None if dx is None else dx.mul_(grad).to(x_dtype),
-            None if dweight is None else dweight.mul_(grad).to(weight_dtype),
-            None if dbias is None else dbias.mul_(grad).to(weight_dtype),
+            None if dweight is None else _times(dweight, grad, weight_dtype),
+            None if dbias is None else _times(dbias, grad, weight_dtype),
             *(None,) * 6,
         )
+
+
+def _kernels(z: Tensor) -> Any:
+    """The module that computes on logits."""
+    if not dispatch.runs_triton(z):
+        return reference
+    from qat.kernels.logits import triton
+
+    return triton
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:
     return (slice(first, min(first + chunk, rows)) for first in range(0, rows, chunk))
 
 
-def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The logits that z becomes and their derivative; None is 1."""
-    if softcap is None:
-        return (z, None) if scale == 1 else (z.float() * scale, torch.full((), scale, device=z.device))
-    bounded = z.float().mul_(scale / softcap).tanh_()
-    slope = (1 - bounded.square()).mul_(scale)
-    return bounded.mul_(softcap), slope
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place where the dtypes are the same."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = total + a @ b in place, or the product alone where it is the first; a GPU sums 16 bits in float32."""
+    beta = 0 if first else 1
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b
+
+
+def _times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor in `dtype`, in one pass; in place where that is its own."""
+    return (
+        total.mul_(factor)
+        if dtype == total.dtype
+        else torch.mul(total, factor, out=total.new_empty(total.shape, dtype=dtype))
+    )

@@ -24,7 +24,7 @@ from qat.kernels.operand_codes.tiles import NO_TABLE, TALL, WARPS, WIDE, magnitu
 from qat.numerics.formats import Format
 
 # Programs that fill a large GPU, and how many scales one of them finds.
-_PROGRAMS, _SCALES = 1024, 256
+_PROGRAMS, _SCALES = 512, 256
 
 
 @triton.jit

@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
-# Of tiles that are transposed: every row that is read or written is whole memory sectors. A tile is that of 8 warps.
-TALL, WIDE, WARPS = 128, 64, 8
+# Of tiles of gradients, that of 4 warps: rows and columns that are read or written are whole memory sectors.
+TALL, WIDE, WARPS = 32, 128, 4
 # What a grid without a codebook takes in its place.
 NO_TABLE: tl.constexpr = tl.constexpr(None)
 # Elements that one run of the generator serves, and its rounds: the fewest that pass the statistical tests of its

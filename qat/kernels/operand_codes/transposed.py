@@ -10,7 +10,9 @@ from torch import Tensor
 
 from qat.kernels.fake_quantize.tiles import ceil_div, tile_at
 from qat.kernels.launch import launch
-from qat.kernels.operand_codes.tiles import TALL, WARPS
+
+# Of a tile, and its warps.
+_SIDE, _WARPS = 128, 8
 
 
 @triton.jit
@@ -26,10 +28,14 @@ def transposed(codes: Tensor) -> Tensor:
     """As `reference.transposed`."""
     rows, columns = codes.shape
     out = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
-    across = ceil_div(columns, TALL)
+    across = ceil_div(columns, _SIDE)
     if codes.numel():
         sizes = rows, columns, across
         launch(
-            _transposed_codes, ceil_div(rows, TALL) * across, (codes.contiguous(), out, *sizes), {"SIDE": TALL}, WARPS
+            _transposed_codes,
+            ceil_div(rows, _SIDE) * across,
+            (codes.contiguous(), out, *sizes),
+            {"SIDE": _SIDE},
+            _WARPS,
         )
     return out

@@ -1,0 +1,85 @@
+"""The cross entropy of logits and its gradient, a row by one program that reads it twice, then from the cache.
+
+A row of a large vocabulary is 256 KB, and the rows that a GPU works on at a time fit its cache: so memory sees each
+logit read once, and its gradient written in its place.
+"""
+
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qat.kernels.fake_quantize.tiles import power_of_two
+from qat.kernels.launch import launch
+
+_WIDTH, _WARPS = 8192, 16
+
+
+@triton.jit
+def _shaped(z, scale, softcap, CAPPED: tl.constexpr):
+    """The logits that z becomes, and their derivative."""
+    if CAPPED:
+        # tanh(y) = 1 - 2 / (exp(2 y) + 1), which is 1 or -1 where the exponential leaves its range.
+        bounded = 1 - 2 / (tl.exp(2 * (scale / softcap) * z) + 1)
+        v, slope = softcap * bounded, scale * (1 - bounded * bounded)
+    else:
+        v, slope = scale * z, scale
+    return v, slope
+
+
+@triton.jit
+def _loss_and_gradient(
+    z,
+    targets,
+    losses,
+    columns,
+    ignored,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    own, target = z + row * columns, tl.load(targets + row)
+    counts = target != ignored
+    at_target, _ = _shaped(tl.load(own + tl.where(counts, target, 0)).to(tl.float32), scale, softcap, CAPPED)
+    most, total = float("-inf"), 0.0
+    for first in range(0, columns, WIDTH):
+        column = first + tl.arange(0, WIDTH)
+        v, _ = _shaped(tl.load(own + column, mask=column < columns, other=0).to(tl.float32), scale, softcap, CAPPED)
+        v = tl.where(column < columns, v, float("-inf"))
+        higher = tl.maximum(most, tl.max(v, axis=0))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
+        most = higher
+    tl.store(losses + row, tl.where(counts, tl.log(total) + most - at_target, 0.0))
+    if GRADIENT:
+        share = tl.where(counts, 1 / total, 0.0)
+        for first in range(0, columns, WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            z_own = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
+            v, slope = _shaped(z_own, scale, softcap, CAPPED)
+            # Selected, not multiplied: what does not count is 0 whatever its logits are.
+            gradient = (tl.exp(v - most) * share - tl.where(column == target, 1.0, 0.0)) * slope
+            gradient = tl.where(counts, gradient, 0.0)
+            tl.store(own + column, gradient.to(z.dtype.element_ty), mask=column < columns)
+
+
+def loss_and_gradient(
+    z: Tensor, targets: Tensor, scale: float, softcap: float | None, ignored: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `reference.loss_and_gradient`; the gradient lies where z did."""
+    rows, columns = z.shape
+    z, losses = z.contiguous(), torch.zeros(rows, dtype=torch.float32, device=z.device)
+    constants = {
+        "CAPPED": softcap is not None,
+        "GRADIENT": with_gradient,
+        "WIDTH": min(_WIDTH, power_of_two(columns)),
+    }
+    arguments = z, targets.contiguous(), losses, columns, ignored, float(scale), float(softcap or 1.0)
+    if rows:
+        launch(_loss_and_gradient, rows, arguments, constants, _WARPS)
+    return losses, z if with_gradient else None

@@ -1,0 +1,91 @@
+"""The kernel of cross entropies and their gradients against the reference."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat.kernels.cross_entropy import linear_cross_entropy
+from qat.kernels.logits import reference
+from qat.kernels.ops import reference_kernels
+
+# Rows and vocabularies: odd ones, one in several tiles, and one row.
+SIZES = [(5, 97), (3, 300), (1, 64)]
+SHAPES = [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 5.0)]
+
+
+def compare(device, dtype=torch.float32, width=8192):
+    from qat.kernels.logits import triton
+
+    triton._WIDTH = width
+    torch.manual_seed(0)
+    for (rows, columns), shape, with_gradient in product(SIZES, SHAPES, [True, False]):
+        z, targets = 4 * torch.randn(rows, columns), torch.randint(columns, (rows,))
+        z, targets[::4], what = z.to(dtype), -100, (rows, columns, shape)
+        losses, dz = reference.loss_and_gradient(z.clone(), targets, *shape, -100, with_gradient)
+        own_losses, own_dz = triton.loss_and_gradient(z.to(device), targets.to(device), *shape, -100, with_gradient)
+        torch.testing.assert_close(own_losses.cpu(), losses, rtol=1e-4, atol=1e-4, msg=str(what))
+        assert (own_dz is not None) is with_gradient
+        if dz is not None:
+            torch.testing.assert_close(own_dz.cpu(), dz, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def compare_spoilt(device):
+    """NaN among the logits is NaN in the loss, and nothing where the row does not count."""
+    from qat.kernels.logits import triton
+
+    z, targets = torch.randn(2, 40, device=device), torch.tensor([3, -100], device=device)
+    z[:, 7] = float("nan")
+    losses, dz = triton.loss_and_gradient(z, targets, 1.0, None, -100, True)
+    assert losses[0].isnan()
+    assert losses[1] == 0
+    assert (dz[1] == 0).all()
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("call", ["compare('cpu')", "compare('cpu', width=64)", "compare_spoilt('cpu')"])
+def test_triton_in_the_interpreter_equals_the_reference(call):
+    code = f"from tests.kernels.test_logits import *; {call}"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_equals_the_reference(dtype):
+    compare("cuda", dtype)
+    compare("cuda", dtype, 64)
+
+
+@pytest.mark.gpu
+def test_nan_on_the_gpu():
+    compare_spoilt("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_whole_loss_on_the_gpu(bias):
+    """Of chunks in bfloat16, whose products are summed in float32."""
+    torch.manual_seed(0)
+    shapes = [(300, 64), (1000, 64), *([(1000,)] if bias else [])]
+    leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    targets = torch.randint(1000, (300,), device="cuda")
+    targets[::7] = -100
+    arguments = *leaves, *([] if bias else [None]), targets, 128
+
+    def found():
+        loss = linear_cross_entropy(*arguments)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    loss, gradients = found()
+    with reference_kernels():
+        expected, expected_gradients = found()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() < 1e-2 * b.norm()
