@@ -1,6 +1,5 @@
 """A batch has the gradients of its parts: accumulated, computed again, of two processes, of sharded weights."""
 
-import os
 from functools import partial
 
 import pytest
@@ -90,21 +89,16 @@ def test_one_process(scheme, how):
 
 def in_two_processes(work, *arguments):
     """`work(rank, *arguments)` in both, connected by gloo."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # kept: a port that is only found free may soon be another's
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         found = manager.dict()
-        torch.multiprocessing.spawn(_connected, (_free_port(), work, found, *arguments), nprocs=2)
+        torch.multiprocessing.spawn(_connected, (store.port, work, found, *arguments), nprocs=2)
         return dict(found)
-
-
-def _free_port():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    return store.port
 
 
 def _connected(rank, port, work, found, *arguments):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=2)
     result = work(rank, *arguments)
     if rank == 0:
         found.update(result)
