@@ -184,7 +184,7 @@ def test_two_devices_train_what_one_does_with_both_batches(tmp_path, tiny_folder
     common = ("trainer.max_steps=3", "scheme=w4a8", "optimizer.lr=1e-4")
     output = shell.run(*common, "data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "hydra.run.dir=two")
     assert output.count("after training, fake-quantized: perplexity") == 1
-    shell.run(*common, "data.batch_size=8", "hydra.run.dir=one")
+    shell.run(*common, "data.batch_size=8", "hydra.run.dir=one", forks=True)
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert (tmp_path / "two" / "native" / "model.safetensors").is_file()
