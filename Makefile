@@ -10,8 +10,9 @@ INSTALLED := .venv/.installed
 train: $(INSTALLED)
 	$(BIN)/python train.py
 
+# A worker for each core; what is left of the slowest is taken over, and tests of one module stay together until then.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and one must not wait for it
+# Of the processes that tests start, too: as many threads as cores in each of them, beside each other, mostly wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

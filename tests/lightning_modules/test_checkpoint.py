@@ -126,7 +126,7 @@ def test_checkpoints_load_without_executing_code(tmp_path):
 def test_a_run_that_may_write_no_more_ends_with_one_line(shell):  # noqa: F811
     """A real run against a real limit: files may not grow beyond 200 kB, as on a full disk."""
     steps = ["callbacks.checkpoint.every_n_steps=4", "hydra.run.dir=run"]
-    shell.run("trainer.max_steps=4", *steps)
+    shell.run("trainer.max_steps=4", *steps, forks=True)
     checkpoint = shell.folder / "run" / "checkpoints" / "last.ckpt"
     before = checkpoint.read_bytes()
     assert len(before) > 200_000

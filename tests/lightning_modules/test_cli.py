@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_modules import cli
+from tests.lightning_modules.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,24 +34,27 @@ class Shell:
             "trainer.accelerator=cpu",
             "threads=1",
         ]
-        self.preexec = None
+        self.preexec, self.forks = None, False
         self.environment = os.environ | {"QAT_CACHE": str(folder / "cache"), "COLUMNS": "200"}
 
-    def start(self, *arguments):
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    def start(self, *arguments, forks=None, script=ROOT / "train.py", environment=None):
+        environment = environment or self.environment
+        if self.forks if forks is None else forks:
+            return Forked(script, arguments, self.folder, environment)
+        command = [sys.executable, str(script), *arguments]
         return subprocess.Popen(
             command,
             cwd=self.folder,
-            env=self.environment,
+            env=environment,
             preexec_fn=self.preexec,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, *arguments, code=0, defaults=True, sweep=False, config_dir=None):
+    def run(self, *arguments, code=0, defaults=True, sweep=False, config_dir=None, forks=None):
         flags = [*(["-m"] if sweep else []), *([f"--config-dir={config_dir}"] if config_dir else [])]
-        process = self.start(*flags, *(self.options if defaults else []), *arguments)
+        process = self.start(*flags, *(self.options if defaults else []), *arguments, forks=forks)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
         return output
@@ -70,6 +74,12 @@ class Shell:
 @pytest.fixture
 def shell(tmp_path, tiny_folder, text_file):
     return Shell(tmp_path, tiny_folder, text_file)
+
+
+@pytest.fixture
+def forks(shell):
+    """For tests of what options do. Of runs that end with the same bits only one is: the others hash otherwise."""
+    shell.forks = True
 
 
 def weights(folder):
@@ -97,6 +107,7 @@ def test_a_run_ends_with_the_table_the_picture_and_the_artifact(shell):
     assert qat.load(shell.folder / "run" / "native").config.model_type == "llama"
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -138,6 +149,7 @@ def test_methods_schemes_and_precisions(shell, arguments):
     shell.run("debug=fast", *arguments)
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -154,6 +166,7 @@ def test_runs_with_products_of_codes_ship_what_they_evaluate(shell, arguments, s
     assert ("a CPU multiplies these codes in float32" in output) == said
 
 
+@pytest.mark.usefixtures("forks")
 def test_rounding_does_not_train(shell):
     output = shell.run("method=ptq", "calibration_batches=10000", "hydra.run.dir=run")
     assert "batches, all that the training text fills, not 10000" in output
@@ -161,6 +174,7 @@ def test_rounding_does_not_train(shell):
     assert all(row["step"] == 0 for row in shell.rows("run").values())
 
 
+@pytest.mark.usefixtures("forks")
 def test_quantized_gradients_train_a_full_precision_model(shell):
     shell.options = [option for option in shell.options if not option.startswith("scheme")]
     grad = ["quantizer@scheme.grad=minmax", "scheme.grad.bits=4", "scheme.grad.granularity=per_group_32"]
@@ -173,6 +187,7 @@ def test_quantized_gradients_train_a_full_precision_model(shell):
     assert not (shell.folder / "run" / "native").exists()
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_sweep_runs_every_value(shell):
     offline = ["logger=wandb", "logger.offline=true"]
     shell.run("debug=fast", "scheme.weight.bits=2,4", *offline, "hydra.sweep.dir=sweep", sweep=True)
@@ -202,7 +217,7 @@ EIGHT_BIT = ["optimizer=adamw8bit", "trainer.precision=bf16-true", "quantizer@sc
 def test_killed_and_resumed_ends_with_the_same_bits(shell, extra, text_file):
     """kill -9 at whatever step it hits; with `epochs`, several epochs and accumulation in between."""
     (shell.folder / "short.txt").write_text(text_file.read_text()[:2000])
-    shell.run(*LONG, *extra, "hydra.run.dir=whole")
+    shell.run(*LONG, *extra, "hydra.run.dir=whole", forks=True)
     process = shell.start(*shell.options, *LONG, *extra, "hydra.run.dir=killed")
     wait_for(shell.folder / "killed" / "checkpoints" / "last.ckpt", process)
     process.kill()
@@ -226,7 +241,7 @@ def test_a_signal_saves_and_says_how_to_resume(shell, number):
     assert f"resume={shell.folder / 'stopped'}" in output
     assert "Traceback" not in output
     step = torch.load(shell.folder / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    shell.run("resume=stopped", f"trainer.max_steps={step + 3}", defaults=False)
+    shell.run("resume=stopped", f"trainer.max_steps={step + 3}", defaults=False, forks=True)
     assert "converted, saved, loaded" in shell.rows("stopped")
 
 
@@ -248,7 +263,7 @@ def test_a_run_is_resumed_from_anywhere(shell, text_file):
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
     shell.run(*shell.options, "data.path=short.txt", "trainer.max_steps=2", "experiment=mine", "hydra.run.dir=run",
-              defaults=False, config_dir="conf")  # fmt: skip
+              defaults=False, config_dir="conf", forks=True)  # fmt: skip
     run, shell.folder = shell.folder / "run", shell.folder / "conf"
     shell.run(f"resume={run}", "trainer.max_steps=3", defaults=False)
     assert json.loads((run / "results.json").read_text())["rows"][-1]["step"] == 3
@@ -258,7 +273,7 @@ def test_a_finished_run_goes_on_and_is_measured_again(shell, text_file):
     """In the middle of an epoch, with a constant rate, it ends where a run of all steps ends."""
     (shell.folder / "short.txt").write_text(text_file.read_text()[:2000])
     steady = ["scheduler=constant", "data.path=short.txt", "data.batch_size=8"]
-    shell.run(*steady, "trainer.max_steps=8", "hydra.run.dir=whole")
+    shell.run(*steady, "trainer.max_steps=8", "hydra.run.dir=whole", forks=True)
     shell.run(*steady, "trainer.max_steps=4", "hydra.run.dir=run")
     before = shell.rows("run")
     output = shell.run("resume=run", "trainer.max_steps=8", defaults=False)
@@ -270,6 +285,7 @@ def test_a_finished_run_goes_on_and_is_measured_again(shell, text_file):
     assert "going on from a checkpoint: at step 4 of 8" in output
 
 
+@pytest.mark.usefixtures("forks")
 def test_the_folder_of_a_run_is_its_own(shell):
     shell.run("debug=fast", "hydra.run.dir=run")
     before = (shell.folder / "run" / ".hydra" / "overrides.yaml").read_text()
@@ -283,6 +299,7 @@ def test_the_folder_of_a_run_is_its_own(shell):
     assert weights.stat().st_mode == (weights.parent / "config.json").stat().st_mode
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_model_without_its_weights_is_refused(shell, tiny_folder):
     copy = shutil.copytree(tiny_folder, shell.folder / "half")
     tensors = load_file(copy / "model.safetensors")
@@ -290,6 +307,7 @@ def test_a_model_without_its_weights_is_refused(shell, tiny_folder):
     assert "which would be random" in shell.fails(f"model.name={copy}")
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_run_that_diverged_ships_nothing(shell):
     error = shell.fails("trainer.max_steps=30", "optimizer.lr=100", "hydra.run.dir=run")
     assert "optimizer.lr" in error
@@ -366,16 +384,19 @@ def test_mistakes_get_one_line(shell, monkeypatch, capsys, arguments, expected):
     assert not any("Traceback" in line or line.startswith("Error: ") for line in errors[:-1])
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_missing_required_option_is_named(shell):
     assert "model.name" in shell.fails("model=hf", defaults=False)
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_loss_that_explodes_names_step_and_layer(shell):
     error = shell.fails("trainer.max_steps=50", "optimizer.lr=1e30", "trainer.gradient_clip_val=null")
     assert "step" in error
     assert "layers" in error or "embed" in error
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_damaged_checkpoint_is_named(shell):
     shell.run("debug=fast", "hydra.run.dir=run")
     checkpoint = shell.folder / "run" / "checkpoints" / "last.ckpt"

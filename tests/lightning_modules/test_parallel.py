@@ -1,6 +1,5 @@
 """A batch has the gradients of its parts: accumulated, computed again, of two processes, of sharded weights."""
 
-import os
 from functools import partial
 
 import pytest
@@ -90,21 +89,16 @@ def test_one_process(scheme, how):
 
 def in_two_processes(work, *arguments):
     """`work(rank, *arguments)` in both, connected by gloo."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # kept: a port that is only found free may soon be another's
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         found = manager.dict()
-        torch.multiprocessing.spawn(_connected, (_free_port(), work, found, *arguments), nprocs=2)
+        torch.multiprocessing.spawn(_connected, (store.port, work, found, *arguments), nprocs=2)
         return dict(found)
-
-
-def _free_port():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    return store.port
 
 
 def _connected(rank, port, work, found, *arguments):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=2)
     result = work(rank, *arguments)
     if rank == 0:
         found.update(result)
@@ -190,7 +184,7 @@ def test_two_devices_train_what_one_does_with_both_batches(tmp_path, tiny_folder
     common = ("trainer.max_steps=3", "scheme=w4a8", "optimizer.lr=1e-4")
     output = shell.run(*common, "data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "hydra.run.dir=two")
     assert output.count("after training, fake-quantized: perplexity") == 1
-    shell.run(*common, "data.batch_size=8", "hydra.run.dir=one")
+    shell.run(*common, "data.batch_size=8", "hydra.run.dir=one", forks=True)
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert (tmp_path / "two" / "native" / "model.safetensors").is_file()

@@ -2,12 +2,13 @@
 
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import qat
 from qat.nn import PackedLayer
-from tests.lightning_modules.test_cli import LONG, shell, wait_for, weights  # noqa: F401
+from tests.lightning_modules.test_cli import LONG, forks, shell, wait_for, weights  # noqa: F401
 
 STRUCTURED = ["prune=structured", "prune.structured.heads=0.5", "prune.structured.channels=0.25"]
 STRUCTURED += ["prune.structured.blocks=0.5", "prune.structured.multiple_of=32"]
@@ -17,6 +18,7 @@ def without_scheme(shell):  # noqa: F811
     shell.options = [option for option in shell.options if not option.startswith("scheme")]
 
 
+@pytest.mark.usefixtures("forks")
 def test_quantized_training_with_zeros_ships_them(shell):  # noqa: F811
     output = shell.run("debug=fast", "transforms=sparsegpt", "transforms.sparsegpt.pattern='2:4'", "hydra.run.dir=run")
     assert "pruned: 50.0% of the weights that have a mask are zero" in output
@@ -28,6 +30,7 @@ def test_quantized_training_with_zeros_ships_them(shell):  # noqa: F811
         assert ((layer.weight.dequantize().view(-1, 4) != 0).sum(1) <= 2).all()
 
 
+@pytest.mark.usefixtures("forks")
 def test_sparse_training_in_full_precision_ends_with_a_plain_model(shell):  # noqa: F811
     without_scheme(shell)
     steps = ["callbacks.prune.sparsity=0.7", "callbacks.prune.every_n_steps=1", "trainer.max_steps=6"]
@@ -42,7 +45,7 @@ def test_sparse_training_in_full_precision_ends_with_a_plain_model(shell):  # no
 
 
 def test_parts_are_removed_then_quantized_and_a_killed_run_goes_on(shell):  # noqa: F811
-    shell.run(*LONG, *STRUCTURED, "hydra.run.dir=whole")
+    shell.run(*LONG, *STRUCTURED, "hydra.run.dir=whole", forks=True)
     rows = shell.rows("whole")
     smaller = rows["without the parts that were removed"]
     assert list(rows)[:3] == ["full precision", "without the parts that were removed", "rounded to nearest"]
@@ -60,6 +63,7 @@ def test_parts_are_removed_then_quantized_and_a_killed_run_goes_on(shell):  # no
     assert shell.rows("whole") == shell.rows("killed")
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_scheme_that_does_not_fit_what_is_left_is_refused_at_once(shell):  # noqa: F811
     options = ["prune=structured", "prune.structured.channels=0.6", "prune.structured.multiple_of=2"]
     error = shell.fails(*options, "hydra.run.dir=run")

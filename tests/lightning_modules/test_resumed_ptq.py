@@ -2,8 +2,6 @@
 
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,13 @@ DYING = Path(__file__).parent / "dying_train.py"
 OPTIONS = ["method=ptq", "calibration_batches=2"]
 
 
-def dying(shell, *arguments, code=0, **when):  # noqa: F811
+def dying(shell, *arguments, code=0, forks=False, **when):  # noqa: F811
     """Run until it dies or ends; how many columns it rounded, and the blocks that it finished."""
     environment = shell.environment | {"PYTHONPATH": str(ROOT)} | when
-    command = [sys.executable, str(DYING), *arguments]
-    found = subprocess.run(command, cwd=shell.folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == code, found.stdout + found.stderr
-    counts = re.search(r"columns (\d+), blocks (.*)", found.stdout)
+    process = shell.start(*arguments, forks=forks, script=DYING, environment=environment)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    counts = re.search(r"columns (\d+), blocks (.*)", output)
     return counts and (int(counts[1]), counts[2])
 
 
@@ -30,7 +28,7 @@ def artifact(shell, run):  # noqa: F811
 
 def test_killed_in_the_middle_of_a_layer_it_ends_with_the_same_bits(shell):  # noqa: F811
     options = [*shell.options, *OPTIONS, "transforms=gptq"]
-    columns, blocks = dying(shell, *options, "hydra.run.dir=whole")
+    columns, blocks = dying(shell, *options, "hydra.run.dir=whole", forks=True)
     assert blocks == "[0, 1]"
     middle = columns // 2 + 100  # of the second block
     dying(shell, *options, "hydra.run.dir=killed", code=-signal.SIGKILL, DIE_AT_COLUMN=str(middle))
@@ -45,7 +43,7 @@ def test_killed_in_the_middle_of_a_layer_it_ends_with_the_same_bits(shell):  # n
 def test_killed_before_the_export_nothing_is_done_again(shell, transform):  # noqa: F811
     options = [*shell.options, *OPTIONS, f"transforms={transform}"]
     options += ["transforms.autoround.steps=5"] if transform == "autoround" else []
-    dying(shell, *options, "hydra.run.dir=whole")
+    dying(shell, *options, "hydra.run.dir=whole", forks=True)
     dying(shell, *options, "hydra.run.dir=killed", code=-signal.SIGKILL, DIE_BEFORE_EXPORT="1")
     assert dying(shell, "resume=killed") == (0, "[]")
     assert artifact(shell, "killed") == artifact(shell, "whole")

@@ -35,7 +35,7 @@ def spread(model):
     return with_outliers(model, factor=10).eval()
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS.keys() - {"kmeans"})  # whose tables follow the weights anyway
+@pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if q != "kmeans"])  # its tables follow the weights anyway
 def test_its_logits_on_fresh_data_are_nearer_than_rounded_ones(quantizer):
     model, fresh = spread(tiny_llama()), batches(seed=1)
     full = logits(model, fresh)
