@@ -181,10 +181,10 @@ def fake_quantize(rows: Rows) -> str:
 
 
 def train_step(rows: Rows) -> str:
-    """Speed and memory of every arm beside bf16, eager and compiled."""
+    """Speed and memory of every arm beside bf16: eager, compiled, and with CUDA graphs."""
     lines = [_line("", "model", "", "tokens/s", "of bf16", "peak GiB", "of bf16"), _line(*["---"] * 3, *["--:"] * 4)]
     for row in rows:
-        how = "compiled" if row["compiled"] else "eager"
+        how = "CUDA graphs" if row.get("graphs") else "compiled" if row["compiled"] else "eager"
         speed = f"{row['tokens_per_s']:,.0f}", f"{row['speed_ratio']:.2f}"
         lines.append(
             _line(row["arm"], row["model"], how, *speed, f"{row['peak_gib']:.1f}", f"{row['memory_ratio']:.2f}")

@@ -9,15 +9,16 @@ The model `1b` is a Llama of one billion parameters (hidden 2048, 16 layers, 128
 four layers of eight billion (hidden 4096, untied), with random weights in bf16, trained at 4 x 2048 tokens a step by
 torch's fused AdamW. `8b` is all 32 layers, trained as one GPU can: AdamW with a state of 8 bits (bitsandbytes), and
 blocks that are computed again for their backward pass; `8b-1` is that at 1 x 2048 tokens. All arms of a kind share
-everything but the quantizers: the loss by `module.loss` (--loss), blocks compiled as `module.compile=inductor` does it,
-or eager. `ours-w4a8`
+everything but the quantizers: the loss by `module.loss` (--loss), and blocks that are eager, compiled as
+`module.compile=inductor` does it, or recorded as CUDA graphs too (`graphs`, `module.cuda_graphs`). `ours-w4a8`
 and `torchao-w4a8` have 4-bit weights in groups of 32 and 8-bit activations, a scale for every token, both from the
 extremes (torchao's activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
 every weight. `ours-w8a8` has 8 bits and a scale for every row and token, fake-quantized; `-int8` and `-fp8` multiply
 their codes in the forward pass, and `ours-w8a8g8-...` in all three products, with gradients rounded at random. Each arm
 is a process of its own; its first loss is compared with that of the references.
-`quantize_share` is what our kernels take of the time that a step keeps the GPU busy.
+`quantize_share` is what our kernels take of the time that a step keeps the GPU busy. Memory is what tensors took at
+most; of CUDA graphs what was reserved, since their tensors are not counted.
 """
 
 import argparse
@@ -75,38 +76,47 @@ class Shape(NamedTuple):
     """A model and how it is trained.
 
     frugal: with 8-bit optimizer state and checkpointed blocks.
+    arms: which take part, by how blocks run.
     """
 
     sizes: dict[str, Any]
+    arms: dict[str, tuple[str, ...]]
     batch: tuple[int, int] = (4, 2048)
     frugal: bool = False
-    arms: tuple[str, ...] = ARMS
 
 
+FAKE = (REFERENCE, "ours-w4a8", "ours-w4a8-lsq", "ours-kmeans4-row", "torchao-w4a8")
+PRODUCTS = ("ours-w8a8", "ours-w8a8-int8", "ours-w8a8-fp8", "ours-w8a8g8-int8", "ours-w8a8g8-fp8")
+RECORDED = (REFERENCE, "ours-w8a8g8-fp8")
 W4A8_ALONE = (REFERENCE, "ours-w4a8")
+ALONE = {"eager": W4A8_ALONE, "inductor": W4A8_ALONE}
 SHAPES = {
-    "1b": Shape(LARGE),
-    "8b4": Shape(EIGHT),
-    "8b": Shape(EIGHT | {"num_hidden_layers": 32}, frugal=True, arms=W4A8_ALONE),
-    "8b-1": Shape(EIGHT | {"num_hidden_layers": 32}, (1, 2048), frugal=True, arms=W4A8_ALONE),
+    "1b": Shape(LARGE, {"eager": FAKE, "inductor": FAKE + PRODUCTS, "graphs": RECORDED}),
+    "8b4": Shape(EIGHT, {"inductor": (REFERENCE, "ours-w8a8-fp8", "ours-w8a8g8-fp8"), "graphs": RECORDED}),
+    "8b": Shape(EIGHT | {"num_hidden_layers": 32}, ALONE, frugal=True),
+    "8b-1": Shape(EIGHT | {"num_hidden_layers": 32}, ALONE, (1, 2048), frugal=True),
 }
-TOYS = {"toy": Shape(TINY, (2, 64)), "toy-frugal": Shape(TINY, (2, 64), frugal=True, arms=W4A8_ALONE)}
+TOYS = {
+    "toy": Shape(TINY, {"eager": FAKE + PRODUCTS, "aot_eager": FAKE + PRODUCTS}, (2, 64)),
+    "toy-frugal": Shape(TINY, {"eager": W4A8_ALONE, "aot_eager": W4A8_ALONE}, (2, 64), frugal=True),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="toy size, on any machine")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of an arm")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: those of the shape")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="only these of the shape's")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b"], help="models to train")
     parser.add_argument("--loss", choices=LOSSES, default="auto", help="module.loss of all arms")
     parser.add_argument("--work", type=Path, default=Path("outputs/train_step"), help="where figures are kept")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
-    backends = ("eager", "aot_eager") if options.tiny else ("eager", "inductor")
     shapes = list(TOYS) if options.tiny else options.shapes
-    rows = [row for shape in shapes for backend in backends for row in compare(backend, shape, options)]
+    rows = [
+        row for shape in shapes for backend in (TOYS | SHAPES)[shape].arms for row in compare(backend, shape, options)
+    ]
     if not options.tiny:
         command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
         command += f" --loss {options.loss}"
@@ -115,11 +125,13 @@ def main() -> None:
 
 def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each arm, relative to bf16."""
-    arms = options.arms or (TOYS | SHAPES)[shape].arms
+    arms = [arm for arm in (TOYS | SHAPES)[shape].arms[backend] if arm in (options.arms or ARMS)]
     found = {arm: kept(arm, backend, shape, options) for arm in arms}
-    compiled, reference = backend != "eager", found[REFERENCE]
+    how, reference = {"compiled": backend != "eager", "graphs": backend == "graphs"}, found[REFERENCE]
     rows = [
-        {"arm": arm, "model": shape, "compiled": compiled, "reference": REFERENCE}
+        {"arm": arm, "model": shape}
+        | how
+        | {"reference": REFERENCE}
         | measured
         | {
             "speed_ratio": measured["tokens_per_s"] / reference["tokens_per_s"],
@@ -172,10 +184,12 @@ def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") 
     if how.frugal:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if backend != "eager":
-        compile_blocks(model, backend)
+        compile_blocks(model, "inductor" if backend == "graphs" else backend, backend == "graphs")
     optimizer = optimizer_of(model, how.frugal)
 
     def step() -> None:
+        if backend == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         loss_of().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -187,7 +201,8 @@ def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") 
         start = now(device)
         step()
         seconds.append(now(device) - start)
-    found = {"tokens_per_s": ids.numel() / statistics.median(seconds[_WARM_UP:]), "peak_gib": peak_gib(device)}
+    peak = torch.cuda.max_memory_reserved() / 2**30 if backend == "graphs" else peak_gib(device)
+    found = {"tokens_per_s": ids.numel() / statistics.median(seconds[_WARM_UP:]), "peak_gib": peak}
     return found | {"first_step_s": seconds[0]} | ({} if tiny else {"quantize_share": quantize_share(step)})
 
 
@@ -216,15 +231,15 @@ def quantize_share(step: Callable[[], None]) -> float:
     return sum(time for name, time in times.items() if name.startswith(_KERNELS)) / sum(times.values())
 
 
-def compile_blocks(model: LlamaForCausalLM, backend: str) -> None:
-    """As `module.compile` does it; layers that are not ours are compiled by torch's defaults."""
+def compile_blocks(model: LlamaForCausalLM, backend: str, cuda_graphs: bool) -> None:
+    """As `module.compile` and `module.cuda_graphs` do it; layers that are not ours are compiled by torch's defaults."""
     if any(
         isinstance(module, nn.Linear) and type(module).__module__.startswith("torchao") for module in model.modules()
     ):
         for block in model.model.layers:
             block.compile(backend=backend)
     else:
-        CompiledBlocks(model, backend)
+        CompiledBlocks(model, backend, cuda_graphs)
 
 
 def quantize(model: nn.Module, arm: str) -> None:

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.loss import HeadLoss, head_loss
@@ -34,6 +34,8 @@ class CausalLMModule(pl.LightningModule):
             parameters never decay. None: that of the weights.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         compile: a backend of torch.compile, `inductor`, for the blocks of the model while it trains; None: none.
+        cuda_graphs: record compiled blocks as CUDA graphs, for small layers, which a GPU computes faster than Python
+            launches them.
         loss: how training computes it: by the `model`, or without the logits of all tokens, `chunked`, `liger` or
             `cce`; `auto` is chunked wherever that computes what the model does.
     """
@@ -46,6 +48,7 @@ class CausalLMModule(pl.LightningModule):
         quantizer_lr: float | None = None,
         gradient_checkpointing: bool = False,
         compile: str | None = None,
+        cuda_graphs: bool = False,
         loss: str = "auto",
     ) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class CausalLMModule(pl.LightningModule):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self.compile_backend = compile
+        self.cuda_graphs = cuda_graphs
         self.compiled: CompiledBlocks | None = None
         self.codes: ModelStepCodes | None = None
         self.loss = loss
@@ -68,8 +72,10 @@ class CausalLMModule(pl.LightningModule):
         """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""
         self.head_loss = head_loss(self.model, self.loss)
         self.watch = FiniteWatch(late=self.device.type != "cpu")
+        if self.cuda_graphs:
+            check_cuda_graphs(self.trainer, self.compile_backend, self.device.type)
         if self.compile_backend is not None:
-            self.compiled = CompiledBlocks(self.model, self.compile_backend)
+            self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
 

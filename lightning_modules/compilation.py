@@ -27,25 +27,27 @@ class CompiledBlocks:
     Args:
         model: has a list of blocks; prepared already.
         backend: of torch.compile, `inductor` or another that is installed.
+        cuda_graphs: record the graphs of blocks as CUDA graphs, and so launch each by one call; inductor only. Their
+            outputs, gradients too, are good until the next step.
 
     Raises:
         InputError: if there is no such backend, or the model has no blocks.
     """
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
+    def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
         known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
         if backend not in known:
             raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
         layers = [*plain_layers(model), *(name for name, _ in quant_layers(model))]
         _, self.blocks = block_list(model, layers)
-        self.backend, self._model = backend, type(model).__name__
+        self.backend, self.cuda_graphs, self._model = backend, cuda_graphs, type(model).__name__
         self._modules = [module for block in self.blocks for module in block.modules()]
         # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, options=_options(backend))
+            block.compile(backend=backend, fullgraph=True, options=_options(backend, cuda_graphs))
 
     def undo(self) -> None:
         """Let the blocks run as they did before."""
@@ -60,6 +62,8 @@ class CompiledBlocks:
             InputError: if a block cannot be one graph, or the backend fails.
         """
         eagerly = self._is_watched()
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         try:
             with ExitStack() as stack:
                 if eagerly:
@@ -79,7 +83,27 @@ class CompiledBlocks:
         return any(not hook.__module__.startswith("torch.distributed") for hook in hooks)
 
 
-def _options(backend: str) -> dict[str, Any] | None:
+def check_cuda_graphs(trainer: Any, backend: str | None, device: str) -> None:
+    """Whether blocks that train so can be recorded.
+
+    Raises:
+        InputError: if not.
+    """
+    option, mend = "module.cuda_graphs=true", "or leave it out."
+    if backend != "inductor":
+        raise InputError(f"{option} records what inductor compiles: set module.compile=inductor, {mend}")
+    if device != "cuda":
+        raise InputError(f"{option} is for GPUs, and this run is on {device}: set trainer.accelerator=gpu, {mend}")
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError(
+            f"{option} keeps gradients until the next batch: set trainer.accumulate_grad_batches=1 with a larger "
+            f"data.batch_size, {mend}"
+        )
+    if trainer.world_size > 1:
+        raise InputError(f"{option} is for one device: set trainer.devices=1, {mend}")
+
+
+def _options(backend: str, cuda_graphs: bool) -> dict[str, Any] | None:
     """Inductor keeps in float32 what is rounded to bfloat16 and back, and on a GPU divides by less than full precision.
 
     Scales and codes would then train on another grid than the one that ships.
@@ -88,4 +112,5 @@ def _options(backend: str) -> dict[str, Any] | None:
         return None
     # The option has moved between versions of torch.
     division = [name for name in torch._inductor.list_options() if name.endswith("division_rounding")]
-    return dict.fromkeys(["emulate_precision_casts", *division], True)
+    graphs = ["triton.cudagraphs"] if cuda_graphs else []
+    return dict.fromkeys(["emulate_precision_casts", *division, *graphs], True)

@@ -1,5 +1,6 @@
 """The grid contract on a GPU: to kernel tolerance, and a whole run."""
 
+import copy
 import json
 from functools import partial
 
@@ -9,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qat
-from lightning_modules.callbacks import LastCheckpoint
+from lightning_modules.callbacks import LastCheckpoint, StepSeed
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.compilation import CompiledBlocks, _options
 from lightning_modules.loss import HeadLoss
@@ -82,6 +83,23 @@ def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
     with CompiledBlocks(model, compile).step():
         found = model(input_ids=ids, labels=ids, use_cache=False).loss
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fp8", "w4a8"])
+def test_cuda_graphs_train_as_compiled_blocks_do(name, tmp_path):
+    """Gradients that are rounded at random are drawn anew at every replay, from the seed of the step."""
+    recipe = partial(torch.optim.SGD, lr=0.1)
+    models = [qat.prepare(tiny_llama().bfloat16(), instantiate(composed(tmp_path, f"scheme={name}").scheme))]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    losses = []
+    for model, graphs in zip(models, (False, True, True), strict=True):
+        module = CausalLMModule(model, recipe, compile="inductor", cuda_graphs=graphs)
+        torch._dynamo.reset()
+        rows = fit(tmp_path, module, StepSeed(0), max_steps=6, accelerator="gpu", log_every_n_steps=1)
+        losses.append(torch.tensor([row["train/loss"] for row in rows.values() if "train/loss" in row]))
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
+    torch.testing.assert_close(losses[2], losses[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])

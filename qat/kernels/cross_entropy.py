@@ -97,8 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         return (
             None if dx is None else dx.mul_(grad).to(x_dtype),
-            None if dweight is None else _times(dweight, grad, weight_dtype),
-            None if dbias is None else _times(dbias, grad, weight_dtype),
+            None if dweight is None else _kernels(dweight).times(dweight, grad, weight_dtype),
+            None if dbias is None else reference.times(dbias, grad, weight_dtype),
             *(None,) * 6,
         )
 
@@ -127,12 +127,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(a @ b)
     else:
         total += a @ b
-
-
-def _times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """total * factor in `dtype`, in one pass; in place where that is its own."""
-    return (
-        total.mul_(factor)
-        if dtype == total.dtype
-        else torch.mul(total, factor, out=total.new_empty(total.shape, dtype=dtype))
-    )

@@ -47,8 +47,20 @@ def compare_spoilt(device):
     assert (dz[1] == 0).all()
 
 
+def compare_times(device, dtype=torch.float32):
+    from qat.kernels.logits import triton
+
+    for shape in [(3, 5), (2048,), (1, 4099)]:
+        total, factor = torch.randn(shape), torch.tensor(0.3)
+        found = triton.times(total.to(device), factor.to(device), dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found.cpu(), reference.times(total, factor, dtype))
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("call", ["compare('cpu')", "compare('cpu', width=64)", "compare_spoilt('cpu')"])
+@pytest.mark.parametrize(
+    "call", ["compare('cpu')", "compare('cpu', width=64)", "compare_spoilt('cpu')", "compare_times('cpu')"]
+)
 def test_triton_in_the_interpreter_equals_the_reference(call):
     code = f"from tests.kernels.test_logits import *; {call}"
     root = Path(__file__).parents[2]
@@ -60,6 +72,7 @@ def test_triton_in_the_interpreter_equals_the_reference(call):
 def test_triton_equals_the_reference(dtype):
     compare("cuda", dtype)
     compare("cuda", dtype, 64)
+    compare_times("cuda", dtype)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lightning_modules.callbacks import (
 )
 from lightning_modules.callbacks.smooth_start import activation_quantizers
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.compilation import CompiledBlocks
+from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, LSQQuantizer
 from tests.conftest import tiny_llama
@@ -220,3 +221,29 @@ def test_activations_quantized_in_part_are_one_graph():
         with compiled.step():
             assert_equal(step_of(model, ids), expected)
         assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize(
+    ("options", "mend"),
+    [
+        ({}, "module.compile=inductor"),
+        ({"compile": "aot_eager"}, "module.compile=inductor"),
+        ({"compile": "inductor"}, "trainer.accelerator=gpu"),
+    ],
+    ids=str,
+)
+def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3), cuda_graphs=True, **options)
+    with pytest.raises(InputError, match=mend):
+        fit(tmp_path, module)
+
+
+@pytest.mark.parametrize(
+    ("changed", "mend"),
+    [({"accumulate_grad_batches": 2}, "data.batch_size"), ({"world_size": 2}, "trainer.devices=1")],
+    ids=str,
+)
+def test_cuda_graphs_are_refused_where_gradients_outlive_a_step(changed, mend):
+    trainer = SimpleNamespace(**({"accumulate_grad_batches": 1, "world_size": 1} | changed))
+    with pytest.raises(InputError, match=mend):
+        check_cuda_graphs(trainer, "inductor", "cuda")

@@ -36,6 +36,11 @@ def loss_and_gradient(
     return losses, dz.to(z.dtype)
 
 
+def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor, a number, in `dtype`; `total`, float32, is not to be used afterwards."""
+    return total.mul_(factor).to(dtype)
+
+
 def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """The logits that z becomes and their derivative; None is 1."""
     if softcap is None:

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qat.kernels.fake_quantize.tiles import power_of_two
+from qat.kernels.fake_quantize.tiles import ceil_div, power_of_two
 from qat.kernels.launch import launch
 
 _WIDTH, _WARPS = 8192, 16
+# Elements that a program of `times` writes.
+_COPIED = 2048
 
 
 @triton.jit
@@ -46,12 +48,13 @@ def _loss_and_gradient(
     row = tl.program_id(0).to(tl.int64)
     own, target = z + row * columns, tl.load(targets + row)
     counts = target != ignored
-    at_target, _ = _shaped(tl.load(own + tl.where(counts, target, 0)).to(tl.float32), scale, softcap, CAPPED)
+    z_own = tl.load(own + tl.where(counts, target, 0)).to(tl.float32)
+    at_target = _shaped(z_own, scale, softcap, CAPPED)[0]
     most, total = float("-inf"), 0.0
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
-        v, _ = _shaped(tl.load(own + column, mask=column < columns, other=0).to(tl.float32), scale, softcap, CAPPED)
-        v = tl.where(column < columns, v, float("-inf"))
+        z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
+        v = tl.where(column < columns, _shaped(z_tile, scale, softcap, CAPPED)[0], float("-inf"))
         higher = tl.maximum(most, tl.max(v, axis=0))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
         most = higher
@@ -60,12 +63,19 @@ def _loss_and_gradient(
         share = tl.where(counts, 1 / total, 0.0)
         for first in range(0, columns, WIDTH):
             column = first + tl.arange(0, WIDTH)
-            z_own = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-            v, slope = _shaped(z_own, scale, softcap, CAPPED)
+            z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
+            v, slope = _shaped(z_tile, scale, softcap, CAPPED)
             # Selected, not multiplied: what does not count is 0 whatever its logits are.
             gradient = (tl.exp(v - most) * share - tl.where(column == target, 1.0, 0.0)) * slope
             gradient = tl.where(counts, gradient, 0.0)
             tl.store(own + column, gradient.to(z.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit
+def _times(total, factor, out, count, WIDTH: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(total + at, mask=at < count, other=0) * tl.load(factor)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
 
 def loss_and_gradient(
@@ -83,3 +93,12 @@ def loss_and_gradient(
     if rows:
         launch(_loss_and_gradient, rows, arguments, constants, _WARPS)
     return losses, z if with_gradient else None
+
+
+def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `reference.times`; PyTorch takes three times as long where the dtypes differ."""
+    out = torch.empty(total.shape, dtype=dtype, device=total.device)
+    arguments = total.contiguous(), factor.float(), out, total.numel()
+    if total.numel():
+        launch(_times, ceil_div(total.numel(), _COPIED), arguments, {"WIDTH": _COPIED})
+    return out
