@@ -24,6 +24,7 @@ most; of CUDA graphs what was reserved, since their tensors are not counted.
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -158,6 +159,8 @@ def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dic
 
 def _fresh() -> Any:
     """Processes that have imported everything, and done nothing else."""
+    # What is imported may ask whether there is a GPU; by its driver's library the answer starts nothing that forks lose.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.kmeans_1b", "transformers.models.llama.modeling_llama"])
     return context
