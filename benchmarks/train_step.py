@@ -159,7 +159,7 @@ def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dic
 
 def _fresh() -> Any:
     """Processes that have imported everything, and done nothing else."""
-    # What is imported may ask whether there is a GPU; by its driver's library the answer starts nothing that forks lose.
+    # What is imported asks whether there is a GPU. Asking the driver itself would spoil CUDA for processes that fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.kmeans_1b", "transformers.models.llama.modeling_llama"])
