@@ -24,7 +24,6 @@ most; of CUDA graphs what was reserved, since their tensors are not counted.
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -148,22 +147,13 @@ def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dic
     """What a fresh process measures of `arm`, so that peak memory is its own."""
     path = options.work / f"{arm}-{backend}-{shape}.json"
     if not path.is_file():
-        with ProcessPoolExecutor(1, _fresh()) as process:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             measured = process.submit(measure, arm, backend, shape, options.steps, options.loss).result()
         with replaced_file(path) as temporary:
             temporary.write_text(json.dumps(measured))
         print(arm, backend, shape, measured, flush=True)
     found: dict[str, float] = json.loads(path.read_text())
     return found
-
-
-def _fresh() -> Any:
-    """Processes that have imported everything, and done nothing else."""
-    # What is imported asks whether there is a GPU. Asking the driver itself would spoil CUDA for processes that fork.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.kmeans_1b", "transformers.models.llama.modeling_llama"])
-    return context
 
 
 def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") -> dict[str, float]:

@@ -5,8 +5,8 @@ a group are finished by the program that owns the group; where groups are few an
 share one. No atomics, so that the same tensors give the same bits.
 """
 
-# ruff: noqa: N803, N806
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
+# ruff: noqa: N803
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import torch
 import triton
@@ -34,9 +34,6 @@ from qat.numerics.qtensor import ViewParams
 TILE = 2048
 # Programs that fill a large GPU.
 _PROGRAMS = 1024
-# Codebooks whose sums fit the registers of a thread, and how many neighbouring elements it holds.
-_MOST_BY_LANE: tl.constexpr = tl.constexpr(16)
-_RUN = 8
 
 
 @triton.jit
@@ -45,35 +42,6 @@ def _members(code, share, total, entry, ENTRIES):
     for k in range(ENTRIES):
         part = tl.sum(tl.where(code == k, share, 0.0), axis=1, keep_dims=True)
         total = tl.where(entry == k, total + part, total)
-    return total
-
-
-@triton.jit
-def _none(ROWS: tl.constexpr, LANES: tl.constexpr, ENTRIES: tl.constexpr):
-    """Nothing summed yet, for every entry `[ROWS, LANES]`."""
-    sums = ()
-    for _ in tl.static_range(ENTRIES):
-        sums = sums + (tl.zeros((ROWS, LANES), dtype=tl.float32),)  # noqa: RUF005
-    return sums
-
-
-@triton.jit
-def _members_by_lane(code, share, sums, ENTRIES: tl.constexpr, LANES: tl.constexpr):
-    """As `_members`, a sum for each run of elements that a thread holds: threads know nothing of each other."""
-    ROWS: tl.constexpr = share.shape[0]
-    RUN: tl.constexpr = share.shape[1] // LANES
-    added = ()
-    for k in tl.static_range(ENTRIES):
-        own = tl.reshape(tl.where(code == k, share, 0.0), (ROWS, LANES, RUN))
-        added = added + (sums[k] + tl.sum(own, axis=2),)  # noqa: RUF005
-    return added
-
-
-@triton.jit
-def _over_lanes(sums, entry, total, ENTRIES: tl.constexpr):
-    """`total` `[ROWS, entries]` of the sums by lane."""
-    for k in tl.static_range(ENTRIES):
-        total = tl.where(entry == k, tl.sum(sums[k], axis=1, keep_dims=True), total)
     return total
 
 
@@ -107,7 +75,6 @@ def _fake_quantize_backward(
     WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
     TABLE: tl.constexpr,
-    RUN: tl.constexpr,
 ):
     """A row is a group, or with GROUP > 0 the groups of that many elements that share a codebook."""
     row, piece = own_rows(pieces, ROWS)
@@ -122,10 +89,6 @@ def _fake_quantize_backward(
     zero_point_sum = tl.zeros((ROWS, 1), dtype=tl.float32)
     entry = tl.arange(0, TABLE)[None, :]
     codebook_sum = tl.zeros((ROWS, TABLE), dtype=tl.float32)
-    BY_LANE: tl.constexpr = NEED_CODEBOOK and (TABLE <= _MOST_BY_LANE)
-    LANES: tl.constexpr = WIDTH // RUN
-    if BY_LANE:
-        lane_sums = _none(ROWS, LANES, GRID[ENTRIES])
     for step in range(STEPS):
         at, inside = tile_at(row, (piece * STEPS + step) * WIDTH, rows, columns, WIDTH)
         g = tl.load(grad + at, mask=inside, other=0).to(tl.float32)
@@ -146,9 +109,7 @@ def _fake_quantize_backward(
             value *= own_scale
         if NEED_VALUES:
             tl.store(x_hat + at, value.to(x_hat.dtype.element_ty), mask=inside)
-        if BY_LANE:
-            lane_sums = _members_by_lane(code, g * own_scale, lane_sums, GRID[ENTRIES], LANES)
-        elif NEED_CODEBOOK:
+        if NEED_CODEBOOK:
             codebook_sum = _members(code, g * own_scale, codebook_sum, entry, GRID[ENTRIES])
         clipped = g
         if CLIPS:
@@ -159,8 +120,6 @@ def _fake_quantize_backward(
             zero_point_sum += tl.sum(clipped - g, axis=1, keep_dims=True)
         if NEED_X:
             tl.store(grad + at, clipped.to(grad.dtype.element_ty), mask=inside)
-    if BY_LANE:
-        codebook_sum = _over_lanes(lane_sums, entry, codebook_sum, GRID[ENTRIES])
     out = (piece * rows + row)[:, None]
     valid = (row < rows)[:, None]
     if NEED_SCALE:
@@ -230,7 +189,6 @@ def _pass(
         "WIDTH": cut.width,
         "STEPS": cut.steps,
         "TABLE": power_of_two(_entries(params)) if needs[3] else 1,
-        "RUN": min(_RUN, cut.width),
     }
     tensors = grad, x.contiguous(), x if x_hat is None else x_hat, *fields(params, x), *sums
     sizes = rows, columns, cut.pieces, per_table(params, groups) // sharing

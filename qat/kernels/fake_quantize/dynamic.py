@@ -23,6 +23,7 @@ from qat.kernels.fake_quantize.grid import (
 )
 from qat.kernels.fake_quantize.scales import at_least, at_most, covering_scale, rounded_up, storage_constants
 from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
+from qat.kernels.fake_quantize.triton import aligned
 from qat.kernels.launch import launch
 from qat.numerics.formats import FloatFormat, Format
 
@@ -194,7 +195,7 @@ def _launch(
         "WIDTH": cut.width,
         "STEPS": cut.steps,
     }
-    tensors = x.contiguous(), out, scale, zero_point, x if codebook is None else codebook.contiguous()
+    tensors = x.contiguous(), out, scale, zero_point, x if codebook is None else aligned(codebook.contiguous())
     sizes = groups, elements, 1 if codebook is None else groups // len(codebook)
     launch(
         _fake_quantize_dynamic,

@@ -111,7 +111,12 @@ def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, enc
 
 def fields(params: ViewParams, absent: Tensor) -> list[Tensor]:
     """Scale, zero point and codebook as kernels take them; `absent` stands for what is not there and not read."""
-    return [absent if param is None else param.contiguous() for param in params[:3]]
+    return [absent if param is None else aligned(param.contiguous()) for param in params[:3]]
+
+
+def aligned(param: Tensor) -> Tensor:
+    """`param`, or a copy where it begins within 8 bytes: entries of a codebook are read in pairs."""
+    return param if param.data_ptr() % 8 == 0 else param.clone()
 
 
 def per_table(params: ViewParams, groups: int) -> int:
