@@ -32,6 +32,25 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
 
 
+def fake_quantize_by_comparing(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
+    """As `fake_quantize` for a codebook, in plain operators that a compiler makes one loop of.
+
+    Entry after entry takes the place of the one before where x lies above the boundary between them; so gradients of
+    the entries are sums over what they kept, without an index.
+    """
+    params = qparams.for_view()
+    assert params.codebook is not None
+    v = scale_down(granularity.view(x), params)
+    rows = v.reshape(len(params.codebook), -1)
+    boundaries = ((params.codebook[:, 1:] + params.codebook[:, :-1]) / 2).detach()
+    first, *others = params.codebook.split(1, dim=1)
+    value, place = first.expand_as(rows), rows.detach()
+    for boundary, entry in zip(boundaries.split(1, dim=1), others, strict=True):
+        value = torch.where(place > boundary, entry, value)
+    v_hat = straight_through(v, value.view(v.shape))
+    return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
+
+
 @torch.no_grad()
 def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> QuantizedTensor:
     """Turn `x` into codes under given qparams."""

@@ -34,6 +34,7 @@ from tests.test_configs import composed
 # Compiling takes as long as a block has quantizers: two of seven layers do where the test is of what surrounds a graph.
 TWO = ("*.[qko]_proj", "*.gate_proj", "*.up_proj")
 CODES8 = qat.Scheme(weight=partial(LSQQuantizer, bits=8), input=TOKEN8, compute="int8", exclude=TWO)
+KMEANS4 = qat.Scheme(weight=partial(KMeansQuantizer, bits=4), exclude=TWO)
 SCHEMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "scheme").glob("*.yaml"))
 
 
@@ -194,7 +195,9 @@ def test_what_cannot_be_compiled_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("scheme", [qat.Scheme(weight=LSQ3, exclude=TWO), CODES8], ids=["int3", "products of codes"])
+@pytest.mark.parametrize(
+    "scheme", [qat.Scheme(weight=LSQ3, exclude=TWO), CODES8, KMEANS4], ids=["int3", "codes", "kmeans"]
+)
 def test_inductor_computes_the_same_but_for_rounding(scheme):
     """Scales stay rounded to bfloat16: left in float32 they move a gradient by half of the largest."""
     model = qat.prepare(tiny_llama(num_hidden_layers=1), scheme).train()
