@@ -119,13 +119,14 @@ def main() -> None:
     ]
     if not options.tiny:
         command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
-        command += f" --loss {options.loss}"
+        command += f" --loss {options.loss}" + (f" --arms {' '.join(options.arms)}" if options.arms else "")
         record("train_step", command, rows, ("torchao", "triton"))
 
 
 def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each arm, relative to bf16."""
-    arms = [arm for arm in (TOYS | SHAPES)[shape].arms[backend] if arm in (options.arms or ARMS)]
+    wanted = {REFERENCE, *(options.arms or ARMS)}
+    arms = [arm for arm in (TOYS | SHAPES)[shape].arms[backend] if arm in wanted]
     found = {arm: kept(arm, backend, shape, options) for arm in arms}
     how, reference = {"compiled": backend != "eager", "graphs": backend == "graphs"}, found[REFERENCE]
     rows = [
@@ -145,7 +146,7 @@ def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[
 
 def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dict[str, float]:
     """What a fresh process measures of `arm`, so that peak memory is its own."""
-    path = options.work / f"{arm}-{backend}-{shape}.json"
+    path = options.work / f"{arm}-{backend}-{shape}-{options.steps}-{options.loss}.json"
     if not path.is_file():
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             measured = process.submit(measure, arm, backend, shape, options.steps, options.loss).result()

@@ -73,7 +73,7 @@ class CausalLMModule(pl.LightningModule):
         self.head_loss = head_loss(self.model, self.loss)
         self.watch = FiniteWatch(late=self.device.type != "cpu")
         if self.cuda_graphs:
-            check_cuda_graphs(self.trainer, self.compile_backend, self.device.type)
+            check_cuda_graphs(self.trainer, self.compile_backend, self.device.type, self.gradient_checkpointing)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):

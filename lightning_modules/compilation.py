@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -31,13 +32,15 @@ class CompiledBlocks:
             outputs, gradients too, are good until the next step.
 
     Raises:
-        InputError: if there is no such backend, or the model has no blocks.
+        InputError: if there is no such backend, the model has no blocks, or the backend records no CUDA graphs.
     """
 
     def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
         known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
         if backend not in known:
             raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
+        if cuda_graphs and backend != "inductor":
+            raise InputError("module.cuda_graphs=true records what inductor compiles: set module.compile=inductor too.")
         layers = [*plain_layers(model), *(name for name, _ in quant_layers(model))]
         _, self.blocks = block_list(model, layers)
         self.backend, self.cuda_graphs, self._model = backend, cuda_graphs, type(model).__name__
@@ -50,9 +53,13 @@ class CompiledBlocks:
             block.compile(backend=backend, fullgraph=True, options=_options(backend, cuda_graphs))
 
     def undo(self) -> None:
-        """Let the blocks run as they did before."""
+        """Let the blocks run as they did before, and give back what CUDA graphs hold: memory, and gradients in it."""
         for block in self.blocks:
             block._compiled_call_impl = None
+        if self.cuda_graphs:
+            for parameter in (p for block in self.blocks for p in block.parameters()):
+                parameter.grad = None
+            torch._dynamo.reset()
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -83,24 +90,27 @@ class CompiledBlocks:
         return any(not hook.__module__.startswith("torch.distributed") for hook in hooks)
 
 
-def check_cuda_graphs(trainer: Any, backend: str | None, device: str) -> None:
+def check_cuda_graphs(trainer: Any, backend: str | None, device: str, checkpointing: bool) -> None:
     """Whether blocks that train so can be recorded.
 
     Raises:
         InputError: if not.
     """
     option, mend = "module.cuda_graphs=true", "or leave it out."
+    accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
     if backend != "inductor":
         raise InputError(f"{option} records what inductor compiles: set module.compile=inductor, {mend}")
     if device != "cuda":
         raise InputError(f"{option} is for GPUs, and this run is on {device}: set trainer.accelerator=gpu, {mend}")
-    if trainer.accumulate_grad_batches != 1:
+    if trainer.accumulate_grad_batches != 1 or accumulates:
         raise InputError(
             f"{option} keeps gradients until the next batch: set trainer.accumulate_grad_batches=1 with a larger "
             f"data.batch_size, {mend}"
         )
     if trainer.world_size > 1:
         raise InputError(f"{option} is for one device: set trainer.devices=1, {mend}")
+    if checkpointing:
+        raise InputError(f"{option} runs each block once a pass: set module.gradient_checkpointing=false, {mend}")
 
 
 def _options(backend: str, cuda_graphs: bool) -> dict[str, Any] | None:

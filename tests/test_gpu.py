@@ -5,9 +5,11 @@ import json
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
 
 import qat
 from lightning_modules.callbacks import LastCheckpoint, StepSeed
@@ -25,7 +27,7 @@ from tests.conftest import tiny_llama
 from tests.kernels.test_codebook_means import stepped
 from tests.kernels.test_scaled_product import PAIRS, exact, operand
 from tests.lightning_modules.test_cli import shell  # noqa: F401
-from tests.lightning_modules.test_module import fit
+from tests.lightning_modules.test_module import Batches, Records, fit
 from tests.nn.kv_models import in_parts, quantized, whole
 from tests.nn.kv_models import tokens as kv_tokens
 from tests.nn.test_low_bit_linear import BACKWARD, gradients, layer_of
@@ -85,17 +87,31 @@ def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
+class BatchesAndARest(Batches):
+    """Two batches, the second smaller, and an evaluation after both."""
+
+    def train_dataloader(self):
+        ids = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(0))
+        return DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
 @pytest.mark.parametrize("name", ["fp8", "w4a8"])
 def test_cuda_graphs_train_as_compiled_blocks_do(name, tmp_path):
     """Gradients that are rounded at random are drawn anew at every replay, from the seed of the step."""
-    recipe = partial(torch.optim.SGD, lr=0.1)
+    recipe = partial(torch.optim.AdamW, lr=1e-3)
     models = [qat.prepare(tiny_llama().bfloat16(), instantiate(composed(tmp_path, f"scheme={name}").scheme))]
     models += [copy.deepcopy(models[0]) for _ in range(2)]
     losses = []
     for model, graphs in zip(models, (False, True, True), strict=True):
         module = CausalLMModule(model, recipe, compile="inductor", cuda_graphs=graphs)
         torch._dynamo.reset()
-        rows = fit(tmp_path, module, StepSeed(0), max_steps=6, accelerator="gpu", log_every_n_steps=1)
+        options = {"max_steps": 6, "max_epochs": -1, "accelerator": "gpu", "gradient_clip_val": 1.0}
+        logger = Records(str(tmp_path))
+        trainer = pl.Trainer(callbacks=[StepSeed(0)], logger=logger, log_every_n_steps=1, **options)
+        trainer.fit(module, datamodule=BatchesAndARest())
+        rows = logger.metrics
         losses.append(torch.tensor([row["train/loss"] for row in rows.values() if "train/loss" in row]))
     assert len(losses[0]) == 6
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)

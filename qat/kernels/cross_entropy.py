@@ -92,6 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The loss at the head computes its gradients once: call backward once for each loss.")
         dx, dweight, dbias = ctx.gradients
         ctx.gradients = None
         x_dtype, weight_dtype = ctx.dtypes

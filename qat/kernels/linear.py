@@ -19,7 +19,7 @@ from qat.numerics.ste import straight_through
 from qat.scratch import scratch
 
 _fuses = False
-_MOST_COMPARED = 16  # entries of a codebook that are compared one after the other
+_MOST_FUSED = 16  # entries of a codebook: each is a comparison in the loop, and a sum in that of the backward pass
 
 
 def fake_quantized_linear(
@@ -55,7 +55,7 @@ def fake_quantized_linear(
     dtype = compute_dtype(x)
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if _fuses and x.device.type == "cpu" and _is_fused(format):
+    if _fuses and torch.compiler.is_compiling() and x.device.type == "cpu" and _is_fused(format):
         w = _kept(weight, mask, dense_gradient).to(torch.float32)
         return F.linear(x, _plain(w, qparams, format, granularity, clip).to(dtype), bias)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
@@ -87,7 +87,7 @@ def fused_by_a_compiler() -> Iterator[None]:
 
 
 def _is_fused(format: Format) -> bool:
-    small = isinstance(format, CodebookFormat) and format.block == 1 and format.entries <= _MOST_COMPARED
+    small = isinstance(format, CodebookFormat) and format.block == 1 and format.entries <= _MOST_FUSED
     return small or isinstance(format, IntFormat | LevelFormat)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics.formats import Format
+from qat.numerics.formats.codebook import boundaries_of, check_codebook
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape, scale_down, unscale
 from qat.numerics.ste import straight_through
@@ -39,13 +40,12 @@ def fake_quantize_by_comparing(x: Tensor, qparams: QParams, format: Format, gran
     the entries are sums over what they kept, without an index.
     """
     params = qparams.for_view()
-    assert params.codebook is not None
+    table = check_codebook(format, params.codebook)
     v = scale_down(granularity.view(x), params)
-    rows = v.reshape(len(params.codebook), -1)
-    boundaries = ((params.codebook[:, 1:] + params.codebook[:, :-1]) / 2).detach()
-    first, *others = params.codebook.split(1, dim=1)
+    rows = v.reshape(len(table), -1)
+    first, *others = table.split(1, dim=1)
     value, place = first.expand_as(rows), rows.detach()
-    for boundary, entry in zip(boundaries.split(1, dim=1), others, strict=True):
+    for boundary, entry in zip(boundaries_of(table.detach()).split(1, dim=1), others, strict=True):
         value = torch.where(place > boundary, entry, value)
     v_hat = straight_through(v, value.view(v.shape))
     return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)

@@ -50,7 +50,8 @@ def grids(name, groups):
 def values(groups, elements, params, dtype):
     """Normal values, ties, and some far beyond the grid, as the dtype holds them."""
     x = 3 * torch.randn(groups, elements)
-    x[0, :8] = params.scale[0] * torch.tensor([0.0, 0.5, 1.5, -0.5, 2.5, 1e4, -1e4, 0.25])
+    x[0, :10] = params.scale[0] * torch.tensor([0.0, -0.0, 0.5, 1.5, -0.5, 2.5, 1e4, -1e4, 0.25, 1e-30])
+    x[0, 10:12] = torch.tensor([3e38, -3e38])
     return x.to(dtype)
 
 

@@ -1,5 +1,6 @@
 """Compiled blocks are one graph, and compute what they compute without one, to the bit where nothing is fused."""
 
+import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,6 +26,8 @@ from lightning_modules.callbacks.smooth_start import activation_quantizers
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from qat.errors import InputError
+from qat.kernels.linear import fused_by_a_compiler
+from qat.numerics import functional
 from qat.quantizers import KMeansQuantizer, LSQQuantizer
 from tests.conftest import tiny_llama
 from tests.lightning_modules.test_module import LSQ3, TOKEN8, fit
@@ -243,10 +247,28 @@ def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "mend"),
-    [({"accumulate_grad_batches": 2}, "data.batch_size"), ({"world_size": 2}, "trainer.devices=1")],
-    ids=str,
+    [
+        ({"accumulate_grad_batches": 2}, "data.batch_size"),
+        ({"callbacks": [GradientAccumulationScheduler({1: 2})]}, "data.batch_size"),
+        ({"world_size": 2}, "trainer.devices=1"),
+        ({}, "module.gradient_checkpointing=false"),
+    ],
+    ids=["accumulated", "scheduled", "devices", "checkpointed"],
 )
-def test_cuda_graphs_are_refused_where_gradients_outlive_a_step(changed, mend):
-    trainer = SimpleNamespace(**({"accumulate_grad_batches": 1, "world_size": 1} | changed))
+def test_cuda_graphs_are_refused_where_gradients_outlive_a_step_or_blocks_run_twice(changed, mend):
+    trainer = SimpleNamespace(**({"accumulate_grad_batches": 1, "world_size": 1, "callbacks": []} | changed))
     with pytest.raises(InputError, match=mend):
-        check_cuda_graphs(trainer, "inductor", "cuda")
+        check_cuda_graphs(trainer, "inductor", "cuda", checkpointing=not changed)
+
+
+def test_only_inductor_records_cuda_graphs():
+    with pytest.raises(InputError, match=r"module\.compile=inductor"):
+        CompiledBlocks(tiny_llama(), "aot_eager", cuda_graphs=True)
+
+
+def test_a_head_outside_of_the_graphs_runs_its_own_kernels(monkeypatch):
+    """Plain operators for a compiler are many passes where there is none."""
+    model = qat.prepare(tiny_llama(num_hidden_layers=1), dataclasses.replace(KMEANS4, head=True)).train()
+    monkeypatch.setattr(functional, "fake_quantize_by_comparing", None)
+    with fused_by_a_compiler():
+        step_of(model, torch.randint(0, 96, (2, 16)))

@@ -68,7 +68,8 @@ def quotient(x, s, inverse):
 
     Two corrections of x * inverse by the exact remainder, on the units that multiply, instead of a division for every
     element: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM J. Res. Dev. 34
-    (1990), theorem on quotients. It holds where no remainder is lost below 2^-149: for x above 2^-101.
+    (1990), theorem on quotients. It holds where no remainder is lost below 2^-149, for |x| above 2^-101, and where
+    quotients are less than 1e30, beyond every grid.
     """
     if INTERPRETED:
         exact = tl.div_rn(x, tl.broadcast_to(s, x.shape))
@@ -76,8 +77,8 @@ def quotient(x, s, inverse):
         first, negative = x * inverse, -s  # of s, because Triton subtracts from zero for it
         nearer = tl.fma(tl.fma(first, negative, x), inverse, first)
         nearest = tl.fma(tl.fma(nearer, negative, x), inverse, nearer)
-        # There is no remainder of infinity.
-        exact = tl.where(tl.abs(first) < 1e30, nearest, first)
+        # There is no remainder of infinity, and that of -0 would be 0.
+        exact = tl.where((tl.abs(first) < 1e30) & (first != 0), nearest, first)
     return exact
 
 

@@ -1,8 +1,4 @@
-"""The cross entropy of logits and its gradient, a row by one program that reads it twice, then from the cache.
-
-A row of a large vocabulary is 256 KB, and the rows that a GPU works on at a time fit its cache: so memory sees each
-logit read once, and its gradient written in its place.
-"""
+"""The cross entropy of logits and its gradient, which is written in their place: a row by one program, read twice."""
 
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -48,9 +44,10 @@ def _loss_and_gradient(
     row = tl.program_id(0).to(tl.int64)
     own, target = z + row * columns, tl.load(targets + row)
     counts = target != ignored
-    z_own = tl.load(own + tl.where(counts, target, 0)).to(tl.float32)
+    # A target that is no word makes NaN, which training does not overlook.
+    z_own = tl.load(own + target, mask=counts & (target >= 0) & (target < columns), other=float("nan")).to(tl.float32)
     at_target = _shaped(z_own, scale, softcap, CAPPED)[0]
-    most, total = float("-inf"), 0.0
+    most, total = -3.4028234663852886e38, 0.0  # finite, so that a tile of -inf makes no NaN
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
         z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
@@ -97,8 +94,9 @@ def loss_and_gradient(
 
 def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """As `reference.times`; PyTorch takes three times as long where the dtypes differ."""
-    out = torch.empty(total.shape, dtype=dtype, device=total.device)
-    arguments = total.contiguous(), factor.float(), out, total.numel()
+    total = total.contiguous()
+    out = total if dtype == total.dtype else torch.empty(total.shape, dtype=dtype, device=total.device)
+    arguments = total, factor.float(), out, total.numel()
     if total.numel():
         launch(_times, ceil_div(total.numel(), _COPIED), arguments, {"WIDTH": _COPIED})
     return out

@@ -48,17 +48,17 @@ def _gradient_extremes(
     ACROSS: tl.constexpr,
     DOWN: tl.constexpr,
     WHOLE: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Greatest |g * across| of each row and |g * down| of each column, by their bits; with WHOLE of all of them."""
-    first, piece = tl.program_id(0) // pieces * WIDE, tl.program_id(0) % pieces
-    column = first + tl.arange(0, WIDE)
-    along_rows, along_columns = tl.zeros((TALL, WIDE), dtype=tl.int32), tl.zeros((TALL, WIDE), dtype=tl.int32)
+    first, piece = tl.program_id(0) // pieces * WIDTH, tl.program_id(0) % pieces
+    column = first + tl.arange(0, WIDTH)
+    along_rows, along_columns = tl.zeros((ROWS, WIDTH), dtype=tl.int32), tl.zeros((ROWS, WIDTH), dtype=tl.int32)
     for tile in range(STEPS):
-        row = (piece * STEPS + tile) * TALL + tl.arange(0, TALL)
-        at, inside = tile_at(row, first, rows, columns, WIDE)
+        row = (piece * STEPS + tile) * ROWS + tl.arange(0, ROWS)
+        at, inside = tile_at(row, first, rows, columns, WIDTH)
         own = tl.load(g + at, mask=inside, other=0).to(tl.float32)
         if ACROSS:
             bits = magnitude_bits(own * _factors(across, column, columns, across_step)[None, :])
@@ -122,24 +122,25 @@ def _gradient_codes(
     DOWN: tl.constexpr,
     WHOLE: tl.constexpr,
     DRAWN: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    QUADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    first, block = tl.program_id(0) // blocks * WIDE, tl.program_id(0) % blocks
-    row, column = block * TALL + tl.arange(0, TALL), first + tl.arange(0, WIDE)
-    at, inside = tile_at(row, first, rows, columns, WIDE)
+    first, block = tl.program_id(0) // blocks * WIDTH, tl.program_id(0) % blocks
+    row, column = block * ROWS + tl.arange(0, ROWS), first + tl.arange(0, WIDTH)
+    at, inside = tile_at(row, first, rows, columns, WIDTH)
     own = tl.load(g + at, mask=inside, other=0).to(tl.float32)
-    for_rows, for_columns = noise_at(tl.load(seed), row, first, columns, WIDE) if DRAWN else (NO_TABLE, NO_TABLE)
+    for_rows, for_columns = noise_at(tl.load(seed), row, first, columns, WIDTH) if DRAWN else (NO_TABLE, NO_TABLE)
     if ACROSS:
         v = own * _factors(across, column, columns, across_step)[None, :]
         v *= _factors(row_inverse, row, rows, 0 if WHOLE else 1)[:, None]
-        code = drawn_codes(v, for_rows, first, GRID, WIDE) if DRAWN else encode(v, NO_TABLE, GRID)
+        code = drawn_codes(v, for_rows, first, GRID, WIDTH, QUADS) if DRAWN else encode(v, NO_TABLE, GRID)
         tl.store(row_codes + at, code.to(row_codes.dtype.element_ty), mask=inside)
     if DOWN:
         v = own * _factors(down, row, rows, down_step)[:, None]
         v *= _factors(column_inverse, column, columns, 0 if WHOLE else 1)[None, :]
-        code = drawn_codes(v, for_columns, first, GRID, WIDE) if DRAWN else encode(v, NO_TABLE, GRID)
-        at, inside = tile_at(column, block * TALL, columns, rows, TALL)
+        code = drawn_codes(v, for_columns, first, GRID, WIDTH, QUADS) if DRAWN else encode(v, NO_TABLE, GRID)
+        at, inside = tile_at(column, block * ROWS, columns, rows, ROWS)
         tl.store(column_codes + at, tl.trans(code.to(column_codes.dtype.element_ty)), mask=inside)
 
 
@@ -167,7 +168,7 @@ def gradient_codes(
     operands = g.contiguous(), *(g if factor is None else factor.contiguous() for factor in (across, down))
     steps = [0 if factor is None or factor.numel() == 1 else 1 for factor in (across, down)]
     wanted = {"ACROSS": across is not None, "DOWN": down is not None, "WHOLE": whole}
-    tile = {"TALL": TALL, "WIDE": WIDE}
+    tile = {"ROWS": TALL, "WIDTH": WIDE}
     blocks, strips = ceil_div(rows, TALL), ceil_div(columns, WIDE)
 
     each = power_of_two(ceil_div(blocks * strips, _PROGRAMS))
@@ -179,7 +180,8 @@ def gradient_codes(
     arguments = extremes, *scales, inverse, of_rows, len(extremes), format.range()[1]
     launch(_gradient_scales, ceil_div(len(extremes), _SCALES), arguments, constants)
 
-    constants = {"GRID": grid_constants(format)} | wanted | {"DRAWN": seed is not None} | tile
+    quads = columns % 16 == 0 and operands[0].data_ptr() % 16 == 0
+    constants = {"GRID": grid_constants(format)} | wanted | {"DRAWN": seed is not None, "QUADS": quads} | tile
     arguments = *operands, g if seed is None else seed, inverse, inverse[of_rows:], row_codes, column_codes
     launch(_gradient_codes, blocks * strips, (*arguments, rows, columns, blocks, *steps), constants, WARPS)
     return GradientCodes(row_codes, scales[0], column_codes, scales[1])
