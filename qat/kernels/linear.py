@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from qat.kernels import ops
 from qat.numerics import functional
-from qat.numerics.formats import CodebookFormat, Format, IntFormat, LevelFormat
+from qat.numerics.formats import Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams
 from qat.numerics.ste import straight_through
 from qat.scratch import scratch
 
 _fuses = False
-_MOST_FUSED = 16  # entries of a codebook: each is a comparison in the loop, and a sum in that of the backward pass
 
 
 def fake_quantized_linear(
@@ -55,7 +54,8 @@ def fake_quantized_linear(
     dtype = compute_dtype(x)
     if dtype != x.dtype:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    if _fuses and torch.compiler.is_compiling() and x.device.type == "cpu" and _is_fused(format):
+    compiled = _fuses and torch.compiler.is_compiling()
+    if compiled and x.device.type == "cpu" and isinstance(format, IntFormat | LevelFormat):
         w = _kept(weight, mask, dense_gradient).to(torch.float32)
         return F.linear(x, _plain(w, qparams, format, granularity, clip).to(dtype), bias)
     grid = ops.grid_of(qparams, format, math.prod(granularity.param_shape(weight.shape)))
@@ -74,9 +74,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def fused_by_a_compiler() -> Iterator[None]:
     """Fake-quantize the weights of linear layers by plain operators where a C++ compiler makes one loop of them.
 
-    That is a uniform grid or a small codebook on a CPU, in a model that torch.compile traces for inductor: it finds
-    W_hat again in the backward pass by itself. Values are the same; gradients of what is learned are summed in another
-    order.
+    That is a uniform grid on a CPU, in a model that torch.compile traces for inductor: it finds W_hat again in the
+    backward pass by itself. Values are the same; gradients of scales are summed in another order.
     """
     global _fuses
     before, _fuses = _fuses, True
@@ -86,14 +85,7 @@ def fused_by_a_compiler() -> Iterator[None]:
         _fuses = before
 
 
-def _is_fused(format: Format) -> bool:
-    small = isinstance(format, CodebookFormat) and format.block == 1 and format.entries <= _MOST_FUSED
-    return small or isinstance(format, IntFormat | LevelFormat)
-
-
 def _plain(weight: Tensor, qparams: QParams, format: Format, granularity: Granularity, clip: bool) -> Tensor:
-    if isinstance(format, CodebookFormat):
-        return functional.fake_quantize_by_comparing(weight, qparams, format, granularity)
     if clip:
         return functional.fake_quantize(weight, qparams, format, granularity)
     return straight_through(weight, functional.fake_quantize(weight.detach(), qparams, format, granularity))

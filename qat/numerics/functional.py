@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from qat.numerics.formats import Format
-from qat.numerics.formats.codebook import boundaries_of, check_codebook
 from qat.numerics.granularity import Granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape, scale_down, unscale
 from qat.numerics.ste import straight_through
@@ -30,24 +29,6 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     with torch.no_grad():
         codes = format.encode(v, params.codebook)
     v_hat = straight_through(v, format.decode(codes, params.codebook))
-    return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
-
-
-def fake_quantize_by_comparing(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
-    """As `fake_quantize` for a codebook, in plain operators that a compiler makes one loop of.
-
-    Entry after entry takes the place of the one before where x lies above the boundary between them; so gradients of
-    the entries are sums over what they kept, without an index.
-    """
-    params = qparams.for_view()
-    table = check_codebook(format, params.codebook)
-    v = scale_down(granularity.view(x), params)
-    rows = v.reshape(len(table), -1)
-    first, *others = table.split(1, dim=1)
-    value, place = first.expand_as(rows), rows.detach()
-    for boundary, entry in zip(boundaries_of(table.detach()).split(1, dim=1), others, strict=True):
-        value = torch.where(place > boundary, entry, value)
-    v_hat = straight_through(v, value.view(v.shape))
     return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
 
 

@@ -1,6 +1,5 @@
 """Compiled blocks are one graph, and compute what they compute without one, to the bit where nothing is fused."""
 
-import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,7 @@ from lightning_modules.callbacks.smooth_start import activation_quantizers
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from qat.errors import InputError
-from qat.kernels.linear import fused_by_a_compiler
-from qat.numerics import functional
+from qat.kernels import linear
 from qat.quantizers import KMeansQuantizer, LSQQuantizer
 from tests.conftest import tiny_llama
 from tests.lightning_modules.test_module import LSQ3, TOKEN8, fit
@@ -38,7 +36,6 @@ from tests.test_configs import composed
 # Compiling takes as long as a block has quantizers: two of seven layers do where the test is of what surrounds a graph.
 TWO = ("*.[qko]_proj", "*.gate_proj", "*.up_proj")
 CODES8 = qat.Scheme(weight=partial(LSQQuantizer, bits=8), input=TOKEN8, compute="int8", exclude=TWO)
-KMEANS4 = qat.Scheme(weight=partial(KMeansQuantizer, bits=4), exclude=TWO)
 SCHEMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "scheme").glob("*.yaml"))
 
 
@@ -199,9 +196,7 @@ def test_what_cannot_be_compiled_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize(
-    "scheme", [qat.Scheme(weight=LSQ3, exclude=TWO), CODES8, KMEANS4], ids=["int3", "codes", "kmeans"]
-)
+@pytest.mark.parametrize("scheme", [qat.Scheme(weight=LSQ3, exclude=TWO), CODES8], ids=["int3", "codes"])
 def test_inductor_computes_the_same_but_for_rounding(scheme):
     """Scales stay rounded to bfloat16: left in float32 they move a gradient by half of the largest."""
     model = qat.prepare(tiny_llama(num_hidden_layers=1), scheme).train()
@@ -268,7 +263,8 @@ def test_only_inductor_records_cuda_graphs():
 
 def test_a_head_outside_of_the_graphs_runs_its_own_kernels(monkeypatch):
     """Plain operators for a compiler are many passes where there is none."""
-    model = qat.prepare(tiny_llama(num_hidden_layers=1), dataclasses.replace(KMEANS4, head=True)).train()
-    monkeypatch.setattr(functional, "fake_quantize_by_comparing", None)
-    with fused_by_a_compiler():
+    scheme = qat.Scheme(weight=LSQ3, exclude=TWO, head=True)
+    model = qat.prepare(tiny_llama(num_hidden_layers=1), scheme).train()
+    monkeypatch.setattr(linear, "_plain", None)
+    with linear.fused_by_a_compiler():
         step_of(model, torch.randint(0, 96, (2, 16)))

@@ -5,8 +5,8 @@ import torch
 
 from qat.numerics.dynamic import absmax_params, minmax_params
 from qat.numerics.formats import CodebookFormat, IntFormat
-from qat.numerics.functional import fake_quantize, fake_quantize_by_comparing, quantize
-from qat.numerics.granularity import PerChannel, PerGroup, parse_granularity
+from qat.numerics.functional import fake_quantize, quantize
+from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.qtensor import QParams, scale_down
 from qat.numerics.ste import round_to_storage, round_up_to_storage, straight_through
 
@@ -48,22 +48,6 @@ def test_a_codebook_entry_gets_the_sum_of_its_members():
     expected = torch.stack([(g * 0.5 * (codes == k)).sum(1) for k in range(8)], dim=1)
     assert close(codebook.grad[:, 0], expected)
     assert torch.equal(x.grad, g)
-
-
-@pytest.mark.parametrize(("spelling", "rows"), [("per_channel", 8), ("per_group_16", 1), ("per_group_16", 8)])
-@pytest.mark.parametrize("entries", [2, 5, 16])
-def test_comparing_entry_by_entry_is_the_same(spelling, rows, entries):
-    granularity, format = parse_granularity(spelling), CodebookFormat(entries)
-    x = torch.randn(8, 64, requires_grad=True)
-    scale = (0.5 + torch.rand(granularity.param_shape(x.shape))).requires_grad_()
-    codebook = torch.randn(rows, entries).sort().values.requires_grad_()
-    settings = QParams(scale, None, codebook), format, granularity
-    expected, found = fake_quantize(x, *settings), fake_quantize_by_comparing(x, *settings)
-    assert torch.equal(found, expected)
-    g, leaves = torch.randn(8, 64), (x, scale, codebook)
-    pairs = zip(torch.autograd.grad(found, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True)
-    for a, b in pairs:
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

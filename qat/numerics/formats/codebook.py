@@ -56,7 +56,7 @@ class CodebookFormat(Format):
         flat = v.reshape(table.shape[0], -1)
         if noise is not None:
             return _between(flat, table, noise.reshape(flat.shape)).view(v.shape)
-        boundaries = boundaries_of(table)
+        boundaries = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
         if self.entries > _MOST_ENTRIES_COMPARED:
             return v.copy_(torch.searchsorted(boundaries, flat.contiguous(), out_int32=True).view(v.shape))
         # The code is the number of boundaries below v, counted in floats: twice as fast as in bytes on a CPU.
@@ -75,11 +75,6 @@ class CodebookFormat(Format):
             return table.gather(1, flat.clone()).view(entry.shape)
         torch.gather(table, 1, flat, out=out.view(flat.shape))
         return out
-
-
-def boundaries_of(table: Tensor) -> Tensor:
-    """Halfway between neighbouring entries, `[rows, entries - 1]`."""
-    return ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
 
 
 def check_codebook(format: Format, codebook: Tensor | None) -> Tensor:
