@@ -93,7 +93,7 @@ def loss_and_gradient(
 
 
 def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `reference.times`; PyTorch takes three times as long where the dtypes differ."""
+    """As `reference.times`, in one pass where the dtypes differ too."""
     total = total.contiguous()
     out = total if dtype == total.dtype else torch.empty(total.shape, dtype=dtype, device=total.device)
     arguments = total, factor.float(), out, total.numel()
