@@ -25,8 +25,8 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from benchmarks.kmeans_1b import LARGE, TINY, now, peak_gib
-from benchmarks.record import record
+from benchmarks.record import commit, record
 from lightning_modules.causal_lm import parameter_groups
 from lightning_modules.compilation import CompiledBlocks
 from lightning_modules.loss import LOSSES, HeadLoss, head_loss
@@ -85,6 +85,15 @@ class Shape(NamedTuple):
     frugal: bool = False
 
 
+class Case(NamedTuple):
+    """One arm: how its blocks run, and the model."""
+
+    arm: str
+    backend: str
+    shape: str
+
+
+Measured = dict[str, float]
 FAKE = (REFERENCE, "ours-w4a8", "ours-w4a8-lsq", "ours-kmeans4-row", "torchao-w4a8")
 PRODUCTS = ("ours-w8a8", "ours-w8a8-int8", "ours-w8a8-fp8", "ours-w8a8g8-int8", "ours-w8a8g8-fp8")
 RECORDED = (REFERENCE, "ours-w8a8g8-fp8")
@@ -114,50 +123,54 @@ def main() -> None:
     if not options.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
     shapes = list(TOYS) if options.tiny else options.shapes
-    rows = [
-        row for shape in shapes for backend in (TOYS | SHAPES)[shape].arms for row in compare(backend, shape, options)
-    ]
+    kinds = [(shape, backend) for shape in shapes for backend in (TOYS | SHAPES)[shape].arms]
+    cases = [Case(arm, backend, shape) for shape, backend in kinds for arm in arms_of(shape, backend, options.arms)]
+    found = dict(zip(cases, measured(cases, options.work, options.steps, options.loss), strict=True))
+    rows = [row_of(case, found) for case in cases]
+    print(*rows, sep="\n")
     if not options.tiny:
         command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
         command += f" --loss {options.loss}" + (f" --arms {' '.join(options.arms)}" if options.arms else "")
         record("train_step", command, rows, ("torchao", "triton"))
 
 
-def compare(backend: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each arm, relative to bf16."""
-    wanted = {REFERENCE, *(options.arms or ARMS)}
-    arms = [arm for arm in (TOYS | SHAPES)[shape].arms[backend] if arm in wanted]
-    found = {arm: kept(arm, backend, shape, options) for arm in arms}
-    how, reference = {"compiled": backend != "eager", "graphs": backend == "graphs"}, found[REFERENCE]
-    rows = [
-        {"arm": arm, "model": shape}
-        | how
-        | {"reference": REFERENCE}
-        | measured
-        | {
-            "speed_ratio": measured["tokens_per_s"] / reference["tokens_per_s"],
-            "memory_ratio": measured["peak_gib"] / reference["peak_gib"],
-        }
-        for arm, measured in found.items()
-    ]
-    print(*rows, sep="\n", flush=True)
-    return rows
+def arms_of(shape: str, backend: str, only: Sequence[str] | None) -> list[str]:
+    """Those of a kind, or of them `only` some and what they are compared with."""
+    return [arm for arm in (TOYS | SHAPES)[shape].arms[backend] if only is None or arm in (REFERENCE, *only)]
 
 
-def kept(arm: str, backend: str, shape: str, options: argparse.Namespace) -> dict[str, float]:
-    """What a fresh process measures of `arm`, so that peak memory is its own."""
-    path = options.work / f"{arm}-{backend}-{shape}-{options.steps}-{options.loss}.json"
-    if not path.is_file():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            measured = process.submit(measure, arm, backend, shape, options.steps, options.loss).result()
+def row_of(case: Case, found: dict[Case, Measured]) -> dict[str, Any]:
+    """What was measured, relative to bf16."""
+    own, reference = found[case], found[case._replace(arm=REFERENCE)]
+    how = {"compiled": case.backend != "eager", "graphs": case.backend == "graphs"}
+    ratios = {
+        "speed_ratio": own["tokens_per_s"] / reference["tokens_per_s"],
+        "memory_ratio": own["peak_gib"] / reference["peak_gib"],
+    }
+    return {"arm": case.arm, "model": case.shape} | how | {"reference": REFERENCE} | own | ratios
+
+
+def measured(cases: Sequence[Case], work: Path, steps: int, kind: str) -> list[Measured]:
+    """Every case in a process of its own, so that peak memory is its own; what `work` has of this commit stays."""
+    paths = [work / f"{'-'.join(case)}-{steps}-{kind}-{commit()}.json" for case in cases]
+    missing = [(case, path) for case, path in zip(cases, paths, strict=True) if not path.is_file()]
+    for (case, path), process in zip(missing, fresh_processes(len(missing)), strict=True):
+        with process:
+            found = process.submit(measure, *case, steps, kind).result()
         with replaced_file(path) as temporary:
-            temporary.write_text(json.dumps(measured))
-        print(arm, backend, shape, measured, flush=True)
-    found: dict[str, float] = json.loads(path.read_text())
-    return found
+            temporary.write_text(json.dumps(found))
+        print(*case, found, flush=True)
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") -> dict[str, float]:
+def fresh_processes(count: int) -> list[ProcessPoolExecutor]:
+    """Processes that have imported this module: all of them at once, and before anything is timed."""
+    processes = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(count)]
+    wait([process.submit(int) for process in processes])
+    return processes
+
+
+def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") -> Measured:
     """Tokens a second and peak memory."""
     tiny, how = shape in TOYS, (TOYS | SHAPES)[shape]
     device = torch.device("cpu" if tiny else "cuda")

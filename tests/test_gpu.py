@@ -225,7 +225,7 @@ def test_products_of_codes_compute_on_the_gpu_what_fake_quantization_does(name, 
     expected_y, expected = gradients(layer.eval(), x, g)
     layer.train()
     if compile:
-        layer.compile(fullgraph=True, options=_options("inductor"))
+        layer.compile(fullgraph=True, options=_options("inductor", cuda_graphs=False))
     y, found = gradients(layer, x, g)
     assert (y - expected_y).norm() < 0.01 * expected_y.norm()
     for key in ("x", "weight"):

@@ -215,7 +215,7 @@ def test_kernels_round_to_within_the_eight_bits_of_their_noise(name, columns):
 
     format, one, draws = parse_format(name), torch.ones(1, 1, device="cuda"), 4000
     g = torch.randn(32, columns, device="cuda").bfloat16()
-    total = torch.zeros(2, 32, columns, device="cuda")
+    total = torch.zeros(2, 32, columns, dtype=torch.float64, device="cuda")
     for draw in range(draws):
         seed = torch.tensor([draw], device="cuda")
         found = gradient_codes(g, one, one, seed, torch.float32, format, False)
