@@ -44,7 +44,7 @@ def operator(
     """
     name, _, signature = schema.partition("(")
     torch.library.define(f"qat::{name}", f"({signature}", tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.impl(f"qat::{name}", "default")(torch.no_grad()(reference))
+    torch.library.impl(f"qat::{name}", "default")(_without_gradients(reference))
     torch.library.register_fake(f"qat::{name}", fake)
     overload: torch._ops.OpOverload = getattr(torch.ops.qat, name).default
 
@@ -53,6 +53,18 @@ def operator(
         return overload(x, *arguments) if _is_watched(x) else reference(x, *arguments)
 
     return call
+
+
+def _without_gradients(reference: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(reference)
+    def compute(*arguments: Any) -> Any:
+        # Mostly they are off already, and turning them off takes as long as half a launch.
+        if not torch.is_grad_enabled():
+            return reference(*arguments)
+        with torch.no_grad():
+            return reference(*arguments)
+
+    return compute
 
 
 def _is_watched(x: Tensor) -> bool:

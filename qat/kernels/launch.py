@@ -1,7 +1,8 @@
 """Launching Triton kernels at a fraction of Triton's own cost.
 
 A training step launches hundreds of small kernels, and Triton takes long to find out, from every argument anew, which
-compiled form of a kernel a call wants. Here that is looked up by what the form depends on.
+compiled form of a kernel a call wants. Here everything but the tensors is settled once, and the form is looked up by
+what it still depends on.
 """
 
 from collections.abc import Mapping
@@ -10,45 +11,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kernel, programs, device, constants and kinds of arguments to what launches the form that Triton compiled for them.
-_compiled: dict[tuple[Any, ...], Any] = {}
+# How many launches a module keeps of each of its kernels: as many as a model has sizes, and its batches lengths.
+KEPT = 4096
 
 
-def launch(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: Mapping[str, Any], num_warps: int = 4
-) -> None:
-    """Run `kernel` on the device of its first argument, without contracting products and sums.
+class Launch:
+    """A launch of a kernel that waits for its tensors; products and sums are not contracted.
 
     Args:
-        kernel: made by `triton.jit`; its compile-time constants come last, in the order of `constants`.
+        kernel: made by `triton.jit`; it takes tensors, then numbers, then compile-time constants.
         programs: how many of them.
-        arguments: tensors, integers and floats.
-        constants: hashable values, by name.
+        numbers: integers and floats.
+        constants: by name, in the order of the kernel.
     """
-    device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, programs, arguments, constants, num_warps)
-    key = (kernel, programs, device.index, num_warps, *constants.values(), *map(_kind, arguments))
-    run = _compiled.get(key)
-    if run is not None:
-        return run(*arguments, *constants.values(), stream=_stream(device))
-    compiled = kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
-    if compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled[(programs, 1, 1)]
-    return None
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        numbers: tuple[int | float, ...],
+        constants: Mapping[str, Any],
+        num_warps: int = 4,
+    ) -> None:
+        self._kernel, self._programs, self._numbers = kernel, programs, numbers
+        self._options = dict(constants) | {"num_warps": num_warps, "enable_fp_fusion": False}
+        self._rest = (*numbers, *constants.values())
+        # Device and kinds of tensors to what launches the form that Triton compiled for them.
+        self._forms: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run on the device of the first of `tensors`, in its current stream."""
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors)
+        # Triton specializes a kernel for the alignment of tensors to 16 bytes.
+        key = device.index, *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+        run = self._forms.get(key)
+        if run is not None:
+            return run(*tensors, *self._rest, stream=_stream(device))
+        compiled = self._kernel[(self._programs,)](*tensors, *self._numbers, **self._options)
+        if compiled is not None:  # the interpreter compiles nothing
+            self._forms[key] = compiled[(self._programs, 1, 1)]
+        return None
 
 
 def _stream(device: torch.device) -> int | None:
     """The handle of the current stream, which `torch.cuda.current_stream` wraps at some cost; None on a CPU."""
     handle: int | None = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None
     return handle
-
-
-def _kind(argument: Any) -> Any:
-    """What Triton specializes a kernel for: types, alignment to 16 bytes, divisibility by 16, and the number one."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
-    return type(argument)

@@ -15,9 +15,9 @@ from qat.numerics.granularity import Granularity, parse_granularity, refuse_padd
 from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
 from qat.numerics.kmeans.soft import soft_assign
 from qat.numerics.qtensor import QParams, ViewParams, scale_down, unscale
-from qat.numerics.ste import round_to_storage
+from qat.numerics.ste import exp2_to_storage, round_to_storage
 from qat.quantizers.base import Quantizer
-from qat.quantizers.log_scale import from_log_scale, log_scale_of
+from qat.quantizers.log_scale import log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
 from qat.quantizers.shards import refuse_shards
 
@@ -96,7 +96,7 @@ class KMeansQuantizer(Quantizer):
         if self.mask is not None:
             ascending = with_zero(ascending)
         return QParams(
-            scale=round_to_storage(from_log_scale(self.log_scale), self.scale_dtype),
+            scale=exp2_to_storage(self.log_scale, self.scale_dtype),
             codebook=round_to_storage(ascending, self.scale_dtype),
         )
 
@@ -130,7 +130,7 @@ class KMeansQuantizer(Quantizer):
         refuse_shards(weight)
         # Entries stay in their places, so that the optimizer's state of each goes on being its own.
         weight = self.masked(weight)
-        view, scale = self.granularity.view, from_log_scale(self.log_scale).to(self.scale_dtype)
+        view, scale = self.granularity.view, torch.exp2(self.log_scale).to(self.scale_dtype)
         table = self.codebook.view(-1, self.codebook.shape[-1])
         lloyd_step_(view(weight), scale.view(-1, 1), table, None if importance is None else view(importance))
 

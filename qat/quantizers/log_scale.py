@@ -1,14 +1,9 @@
-"""Learned scales are stored as log2(scale): always positive, and every step of the optimizer is a relative one."""
+"""Learned scales are kept as log2(scale): always positive, and every step of the optimizer is a relative one."""
 
 import torch
 from torch import Tensor
 
 from qat.numerics.ste import smallest_scale
-
-
-def from_log_scale(log_scale: Tensor) -> Tensor:
-    """scale = 2^log_scale."""
-    return torch.exp2(log_scale)
 
 
 def log_scale_of(scale: Tensor, dtype: torch.dtype) -> Tensor:

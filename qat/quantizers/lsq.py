@@ -12,9 +12,9 @@ from qat.numerics.formats import Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity, refuse_padding
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import least_squares_scale
-from qat.numerics.ste import round_to_storage, straight_through
+from qat.numerics.ste import exp2_to_storage, straight_through
 from qat.quantizers.base import Quantizer
-from qat.quantizers.log_scale import from_log_scale, log_scale_of
+from qat.quantizers.log_scale import log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
 
 _GRIDS = ("integers", "stretched", "ternary")
@@ -58,10 +58,11 @@ class LSQQuantizer(Quantizer):
         # Features of an activation count, its tokens do not: a batch in parts has the gradient of the whole.
         elements = max(1.0, math.prod(self.shape) / math.prod(self.param_shape))
         factor = 1 / math.sqrt(elements * max(1.0, self.format.range()[1]))
-        scale = round_to_storage(from_log_scale(_scale_gradient(self.log_scale, factor)), self.scale_dtype)
+        scale = exp2_to_storage(self.log_scale, self.scale_dtype, factor)
         if self.zero_point is None:
             return QParams(scale)
-        bounded = _scale_gradient(self.zero_point, factor).clamp(*self.format.range())
+        zero_point = straight_through(self.zero_point * factor, self.zero_point.detach())
+        bounded = zero_point.clamp(*self.format.range())
         return QParams(scale, straight_through(bounded, bounded.detach().round()))
 
     def make_observer(self) -> Observer:
@@ -102,8 +103,3 @@ def _grid(grid: str, bits: int, symmetric: bool) -> Format:
     if bits not in range(1, 9):
         raise InputError(f"The grid 'stretched' has 1 to 8 bits, not {bits}.")
     return LevelFormat(3 if grid == "ternary" else 2**bits)
-
-
-def _scale_gradient(parameter: Tensor, factor: float) -> Tensor:
-    """The parameter itself, with its gradient multiplied by `factor`."""
-    return straight_through(parameter * factor, parameter.detach())

@@ -11,10 +11,10 @@ from qat.numerics.formats import VectorFormat
 from qat.numerics.granularity import Granularity, parse_granularity, refuse_padding
 from qat.numerics.kmeans.vectors import kmeans_vectors
 from qat.numerics.qtensor import QParams, codes_shape
-from qat.numerics.ste import round_to_storage
+from qat.numerics.ste import exp2_to_storage, round_to_storage
 from qat.quantizers.base import Quantizer
 from qat.quantizers.kmeans import is_coarser
-from qat.quantizers.log_scale import from_log_scale, log_scale_of
+from qat.quantizers.log_scale import log_scale_of
 
 
 class VectorQuantizer(Quantizer):
@@ -62,7 +62,7 @@ class VectorQuantizer(Quantizer):
 
     def qparams(self, x: Tensor) -> QParams:
         return QParams(
-            scale=round_to_storage(from_log_scale(self.log_scale), self.scale_dtype),
+            scale=exp2_to_storage(self.log_scale, self.scale_dtype),
             codebook=round_to_storage(self.codebook, self.scale_dtype),
         )
 

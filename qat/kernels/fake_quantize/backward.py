@@ -8,6 +8,8 @@ share one. No atomics, so that the same tensors give the same bits.
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ from qat.kernels.fake_quantize.grid import (
 from qat.kernels.fake_quantize.reference import Gradients
 from qat.kernels.fake_quantize.tiles import of_rows, own_rows, power_of_two, table_of, tile_at, tiling
 from qat.kernels.fake_quantize.triton import fields, per_table
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams
 
@@ -167,35 +169,46 @@ def _pass(
     format: Format,
 ) -> Gradients:
     """One launch; with the gradient of a shared codebook, and no other, a row is all that shares one."""
-    groups, elements = x.shape
-    sharing = per_table(params, groups) if needs[3] else 1
-    rows, columns = groups // sharing, elements * sharing
-    cut = tiling(rows, columns, TILE, _PROGRAMS)
+    wanted, entries = (*needs, x_hat is not None), 0 if params.codebook is None else params.codebook.shape[1]
+    sharing, has_zero_point = per_table(params, len(x)), params.zero_point is not None
+    ready, rows, pieces = _ready(*x.shape, sharing, format, has_zero_point, entries, wanted)
     sums = [
-        x.new_empty((cut.pieces, rows, param.shape[1]) if need and param is not None else 0, dtype=torch.float32)
+        x.new_empty((pieces, rows, param.shape[1]) if need and param is not None else 0, dtype=torch.float32)
         for param, need in zip(params[:3], needs[1:], strict=True)
     ]
+    ready(grad, x.contiguous(), x if x_hat is None else x_hat, *fields(params, x), *sums)
+    return Gradients(*(total.sum(0) if len(total) > 1 else total[0] if len(total) else total for total in sums))
+
+
+@lru_cache(KEPT)
+def _ready(
+    groups: int,
+    elements: int,
+    per_table: int,
+    format: Format,
+    has_zero_point: bool,
+    entries: int,
+    wanted: tuple[bool, ...],
+) -> tuple[Launch, int, int]:
+    """The launch, how many rows there are, and how many programs share each."""
+    need_x, need_scale, need_zero_point, need_codebook, need_values = wanted
+    sharing = per_table if need_codebook else 1
+    rows, columns = groups // sharing, elements * sharing
+    cut = tiling(rows, columns, TILE, _PROGRAMS)
     constants = {
         "GRID": grid_constants(format),
         "GROUP": elements if sharing > 1 else 0,
-        "HAS_ZERO_POINT": params.zero_point is not None,
+        "HAS_ZERO_POINT": has_zero_point,
         "CLIPS": format.saturates,
-        "NEED_X": needs[0],
-        "NEED_SCALE": needs[1],
-        "NEED_ZERO_POINT": needs[2],
-        "NEED_CODEBOOK": needs[3],
-        "NEED_VALUES": x_hat is not None,
+        "NEED_X": need_x,
+        "NEED_SCALE": need_scale,
+        "NEED_ZERO_POINT": need_zero_point,
+        "NEED_CODEBOOK": need_codebook,
+        "NEED_VALUES": need_values,
         "ROWS": cut.rows,
         "WIDTH": cut.width,
         "STEPS": cut.steps,
-        "TABLE": power_of_two(_entries(params)) if needs[3] else 1,
+        "TABLE": power_of_two(entries) if need_codebook else 1,
     }
-    tensors = grad, x.contiguous(), x if x_hat is None else x_hat, *fields(params, x), *sums
-    sizes = rows, columns, cut.pieces, per_table(params, groups) // sharing
-    launch(_fake_quantize_backward, cut.blocks * cut.pieces, (*tensors, *sizes, *format.range()), constants)
-    return Gradients(*(total.sum(0) if total.numel() else total for total in sums))
-
-
-def _entries(params: ViewParams) -> int:
-    assert params.codebook is not None  # its gradient is wanted
-    return params.codebook.shape[1]
+    numbers = rows, columns, cut.pieces, per_table // sharing, *format.range()
+    return Launch(_fake_quantize_backward, cut.blocks * cut.pieces, numbers, constants), rows, cut.pieces

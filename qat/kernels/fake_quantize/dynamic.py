@@ -6,6 +6,8 @@ A group is read once where it fits a tile, otherwise twice, the second time most
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from qat.kernels.fake_quantize.grid import (
 from qat.kernels.fake_quantize.scales import at_least, at_most, covering_scale, rounded_up, storage_constants
 from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
 from qat.kernels.fake_quantize.triton import aligned
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 from qat.numerics.formats import FloatFormat, Format
 
 RULES = ("absmax", "minmax", "microscaling")
@@ -182,7 +184,16 @@ def _launch(
     format: Format,
     values: bool,
 ) -> None:
-    groups, elements = x.shape
+    sharing = 1 if codebook is None else len(x) // len(codebook)
+    table = x if codebook is None else aligned(codebook.contiguous())
+    ready = _ready(*x.shape, sharing, rule, scale_dtype, format, values)
+    ready(x.contiguous(), out, scale, zero_point, table)
+
+
+@lru_cache(KEPT)
+def _ready(
+    groups: int, elements: int, per_table: int, rule: str, scale_dtype: torch.dtype, format: Format, values: bool
+) -> Launch:
     tile = TILE if elements > _MOST else max(TILE, power_of_two(elements))
     cut = tiling(groups, elements, tile, programs=1)
     constants = {
@@ -195,12 +206,5 @@ def _launch(
         "WIDTH": cut.width,
         "STEPS": cut.steps,
     }
-    tensors = x.contiguous(), out, scale, zero_point, x if codebook is None else aligned(codebook.contiguous())
-    sizes = groups, elements, 1 if codebook is None else groups // len(codebook)
-    launch(
-        _fake_quantize_dynamic,
-        cut.blocks,
-        (*tensors, *sizes, *format.range()),
-        constants,
-        max(4, min(16, cut.width // 1024)),
-    )
+    numbers = groups, elements, per_table, *format.range()
+    return Launch(_fake_quantize_dynamic, cut.blocks, numbers, constants, max(4, min(16, cut.width // 1024)))

@@ -6,6 +6,8 @@ The arithmetic is that of `qat.numerics.qtensor`, in float32 with divisions roun
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from qat.kernels.fake_quantize.grid import (
     table_for,
 )
 from qat.kernels.fake_quantize.tiles import of_rows, own_rows, table_of, tile_at, tiling
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 from qat.numerics.formats import Format
 from qat.numerics.qtensor import ViewParams
 
@@ -90,23 +92,29 @@ def fake_quantize(x: Tensor, out: Tensor, params: ViewParams, format: Format) ->
 
 
 def _launch(source: Tensor, out: Tensor, params: ViewParams, format: Format, encodes: bool, decodes: bool) -> Tensor:
-    groups, elements = source.shape
     if source.numel() == 0:
         return out
-    cut = tiling(groups, elements, TILE)
     memory = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    sharing, has_zero_point = per_table(params, len(source)), params.zero_point is not None
+    ready = _ready(*source.shape, sharing, format, has_zero_point, encodes, decodes)
+    ready(source.contiguous(), memory, *fields(params, source))
+    return out if memory is out else out.copy_(memory)
+
+
+@lru_cache(KEPT)
+def _ready(
+    groups: int, elements: int, per_table: int, format: Format, has_zero_point: bool, encodes: bool, decodes: bool
+) -> Launch:
+    cut = tiling(groups, elements, TILE)
     constants = {
         "GRID": grid_constants(format),
         "ENCODE": encodes,
         "DECODE": decodes,
-        "HAS_ZERO_POINT": params.zero_point is not None,
+        "HAS_ZERO_POINT": has_zero_point,
         "ROWS": cut.rows,
         "WIDTH": cut.width,
     }
-    sizes = groups, elements, cut.pieces, per_table(params, groups)
-    arguments = source.contiguous(), memory, *fields(params, source), *sizes
-    launch(_fake_quantize, cut.blocks * cut.pieces, arguments, constants)
-    return out if memory is out else out.copy_(memory)
+    return Launch(_fake_quantize, cut.blocks * cut.pieces, (groups, elements, cut.pieces, per_table), constants)
 
 
 def fields(params: ViewParams, absent: Tensor) -> list[Tensor]:

@@ -3,13 +3,15 @@
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.tiles import ceil_div, power_of_two
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 
 _WIDTH, _WARPS = 8192, 16
 # Elements that a program of `times` writes.
@@ -81,22 +83,33 @@ def loss_and_gradient(
     """As `reference.loss_and_gradient`; the gradient lies where z did."""
     rows, columns = z.shape
     z, losses = z.contiguous(), torch.zeros(rows, dtype=torch.float32, device=z.device)
+    if rows:
+        _loss_ready(rows, columns, ignored, scale, softcap, with_gradient)(z, targets.contiguous(), losses)
+    return losses, z if with_gradient else None
+
+
+@lru_cache(KEPT)
+def _loss_ready(
+    rows: int, columns: int, ignored: int, scale: float, softcap: float | None, with_gradient: bool
+) -> Launch:
     constants = {
         "CAPPED": softcap is not None,
         "GRADIENT": with_gradient,
         "WIDTH": min(_WIDTH, power_of_two(columns)),
     }
-    arguments = z, targets.contiguous(), losses, columns, ignored, float(scale), float(softcap or 1.0)
-    if rows:
-        launch(_loss_and_gradient, rows, arguments, constants, _WARPS)
-    return losses, z if with_gradient else None
+    numbers = columns, ignored, float(scale), float(softcap or 1.0)
+    return Launch(_loss_and_gradient, rows, numbers, constants, _WARPS)
 
 
 def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """As `reference.times`, in one pass where the dtypes differ too."""
     total = total.contiguous()
     out = total if dtype == total.dtype else torch.empty(total.shape, dtype=dtype, device=total.device)
-    arguments = total, factor.float(), out, total.numel()
     if total.numel():
-        launch(_times, ceil_div(total.numel(), _COPIED), arguments, {"WIDTH": _COPIED})
+        _times_ready(total.numel())(total, factor.float(), out)
     return out
+
+
+@lru_cache(KEPT)
+def _times_ready(count: int) -> Launch:
+    return Launch(_times, ceil_div(count, _COPIED), (count,), {"WIDTH": _COPIED})

@@ -8,6 +8,9 @@ every order, so that the same tensors give the same bits.
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +19,7 @@ from torch import Tensor
 from qat.kernels.fake_quantize.grid import encode, grid_constants, inverse_of
 from qat.kernels.fake_quantize.scales import covering_scale, storage_constants
 from qat.kernels.fake_quantize.tiles import ceil_div, power_of_two, tile_at
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 from qat.kernels.operand_codes import reference
 from qat.kernels.operand_codes.drawing import drawn_codes
 from qat.kernels.operand_codes.reference import GradientCodes
@@ -167,21 +170,48 @@ def gradient_codes(
     )
     operands = g.contiguous(), *(g if factor is None else factor.contiguous() for factor in (across, down))
     steps = [0 if factor is None or factor.numel() == 1 else 1 for factor in (across, down)]
-    wanted = {"ACROSS": across is not None, "DOWN": down is not None, "WHOLE": whole}
-    tile = {"ROWS": TALL, "WIDTH": WIDE}
-    blocks, strips = ceil_div(rows, TALL), ceil_div(columns, WIDE)
+    wanted = across is not None, down is not None, whole
+    _extremes_ready(rows, columns, *steps, *wanted)(*operands, extremes, extremes[of_rows:])
+    _scales_ready(of_rows, len(extremes), scale_dtype, format)(extremes, *scales, inverse)
+    quads = columns % 16 == 0 and operands[0].data_ptr() % 16 == 0
+    ready = _codes_ready(rows, columns, *steps, *wanted, format, seed is not None, quads)
+    ready(*operands, g if seed is None else seed, inverse, inverse[of_rows:], row_codes, column_codes)
+    return GradientCodes(row_codes, scales[0], column_codes, scales[1])
 
+
+@lru_cache(KEPT)
+def _extremes_ready(
+    rows: int, columns: int, across_step: int, down_step: int, across: bool, down: bool, whole: bool
+) -> Launch:
+    blocks, strips = ceil_div(rows, TALL), ceil_div(columns, WIDE)
     each = power_of_two(ceil_div(blocks * strips, _PROGRAMS))
     pieces = ceil_div(blocks, each)
-    arguments = *operands, extremes, extremes[of_rows:], rows, columns, pieces, *steps
-    launch(_gradient_extremes, pieces * strips, arguments, wanted | tile | {"STEPS": each}, WARPS)
+    constants = {"ACROSS": across, "DOWN": down, "WHOLE": whole, "ROWS": TALL, "WIDTH": WIDE, "STEPS": each}
+    numbers = rows, columns, pieces, across_step, down_step
+    return Launch(_gradient_extremes, pieces * strips, numbers, constants, WARPS)
 
+
+@lru_cache(KEPT)
+def _scales_ready(of_rows: int, count: int, scale_dtype: torch.dtype, format: Format) -> Launch:
     constants = storage_constants(scale_dtype) | {"WIDTH": _SCALES}
-    arguments = extremes, *scales, inverse, of_rows, len(extremes), format.range()[1]
-    launch(_gradient_scales, ceil_div(len(extremes), _SCALES), arguments, constants)
+    return Launch(_gradient_scales, ceil_div(count, _SCALES), (of_rows, count, format.range()[1]), constants)
 
-    quads = columns % 16 == 0 and operands[0].data_ptr() % 16 == 0
-    constants = {"GRID": grid_constants(format)} | wanted | {"DRAWN": seed is not None, "QUADS": quads} | tile
-    arguments = *operands, g if seed is None else seed, inverse, inverse[of_rows:], row_codes, column_codes
-    launch(_gradient_codes, blocks * strips, (*arguments, rows, columns, blocks, *steps), constants, WARPS)
-    return GradientCodes(row_codes, scales[0], column_codes, scales[1])
+
+@lru_cache(KEPT)
+def _codes_ready(
+    rows: int,
+    columns: int,
+    across_step: int,
+    down_step: int,
+    across: bool,
+    down: bool,
+    whole: bool,
+    format: Format,
+    drawn: bool,
+    quads: bool,
+) -> Launch:
+    blocks, strips = ceil_div(rows, TALL), ceil_div(columns, WIDE)
+    constants: dict[str, Any] = {"GRID": grid_constants(format), "ACROSS": across, "DOWN": down, "WHOLE": whole}
+    constants |= {"DRAWN": drawn, "QUADS": quads, "ROWS": TALL, "WIDTH": WIDE}
+    numbers = rows, columns, blocks, across_step, down_step
+    return Launch(_gradient_codes, blocks * strips, numbers, constants, WARPS)

@@ -3,6 +3,8 @@
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 from qat.kernels.fake_quantize.grid import encode, grid_constants, inverse_of, quotient
 from qat.kernels.fake_quantize.scales import covering_scale, storage_constants
 from qat.kernels.fake_quantize.tiles import power_of_two, tile_at, tiling
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 from qat.kernels.operand_codes import reference
 from qat.kernels.operand_codes.tiles import NO_TABLE, magnitude_bits
 from qat.numerics.formats import Format
@@ -66,6 +68,12 @@ def row_codes(x: Tensor, scale_dtype: torch.dtype, format: Format) -> tuple[Tens
         return reference.row_codes(x, scale_dtype, format)
     codes = torch.empty(x.shape, dtype=format.code_dtype, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    _ready(rows, columns, scale_dtype, format)(x.contiguous(), codes, scale)
+    return codes, scale
+
+
+@lru_cache(KEPT)
+def _ready(rows: int, columns: int, scale_dtype: torch.dtype, format: Format) -> Launch:
     tile = TILE if columns > _MOST else max(TILE, power_of_two(columns))
     cut = tiling(rows, columns, tile, programs=1)
     constants = {
@@ -75,6 +83,5 @@ def row_codes(x: Tensor, scale_dtype: torch.dtype, format: Format) -> tuple[Tens
         "WIDTH": cut.width,
         "STEPS": cut.steps,
     }
-    arguments = x.contiguous(), codes, scale, rows, columns, format.range()[1]
-    launch(_row_codes, cut.blocks, arguments, constants, max(4, min(16, cut.width // 1024)))
-    return codes, scale
+    numbers = rows, columns, format.range()[1]
+    return Launch(_row_codes, cut.blocks, numbers, constants, max(4, min(16, cut.width // 1024)))

@@ -3,13 +3,15 @@
 # ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.tiles import ceil_div, tile_at
-from qat.kernels.launch import launch
+from qat.kernels.launch import KEPT, Launch
 
 # Of a tile, and its warps.
 _SIDE, _WARPS = 128, 8
@@ -28,14 +30,13 @@ def transposed(codes: Tensor) -> Tensor:
     """As `reference.transposed`."""
     rows, columns = codes.shape
     out = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
-    across = ceil_div(columns, _SIDE)
     if codes.numel():
-        sizes = rows, columns, across
-        launch(
-            _transposed_codes,
-            ceil_div(rows, _SIDE) * across,
-            (codes.contiguous(), out, *sizes),
-            {"SIDE": _SIDE},
-            _WARPS,
-        )
+        _ready(rows, columns)(codes.contiguous(), out)
     return out
+
+
+@lru_cache(KEPT)
+def _ready(rows: int, columns: int) -> Launch:
+    across = ceil_div(columns, _SIDE)
+    programs = ceil_div(rows, _SIDE) * across
+    return Launch(_transposed_codes, programs, (rows, columns, across), {"SIDE": _SIDE}, _WARPS)
