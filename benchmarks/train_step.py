@@ -94,13 +94,14 @@ class Case(NamedTuple):
 
 
 Measured = dict[str, float]
-FAKE = (REFERENCE, "ours-w4a8", "ours-w4a8-lsq", "ours-kmeans4-row", "torchao-w4a8")
+OURS = (REFERENCE, "ours-w4a8", "ours-w4a8-lsq", "ours-kmeans4-row")
+FAKE = (*OURS, "torchao-w4a8")
 PRODUCTS = ("ours-w8a8", "ours-w8a8-int8", "ours-w8a8-fp8", "ours-w8a8g8-int8", "ours-w8a8g8-fp8")
 RECORDED = (REFERENCE, "ours-w8a8g8-fp8")
 W4A8_ALONE = (REFERENCE, "ours-w4a8")
 ALONE = {"eager": W4A8_ALONE, "inductor": W4A8_ALONE}
 SHAPES = {
-    "1b": Shape(LARGE, {"eager": FAKE, "inductor": FAKE + PRODUCTS, "graphs": RECORDED}),
+    "1b": Shape(LARGE, {"eager": FAKE, "inductor": FAKE + PRODUCTS, "graphs": (*OURS, "ours-w8a8g8-fp8")}),
     "8b4": Shape(EIGHT, {"inductor": (REFERENCE, "ours-w8a8-fp8", "ours-w8a8g8-fp8"), "graphs": RECORDED}),
     "8b": Shape(EIGHT | {"num_hidden_layers": 32}, ALONE, frugal=True),
     "8b-1": Shape(EIGHT | {"num_hidden_layers": 32}, ALONE, (1, 2048), frugal=True),
