@@ -42,6 +42,21 @@ def main() -> None:
     reporting(_compose_and_run)
 
 
+def command(config: str, run: Callable[[DictConfig], None]) -> None:
+    """Entry point of a command beside training: `run` gets what `configs/<config>.yaml` and the arguments compose."""
+
+    def compose() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # as for training
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config)(task)()
+
+    def task(cfg: DictConfig) -> None:
+        reporting(lambda: run(cfg))
+
+    quiet()
+    exit_on_signals()
+    reporting(compose)
+
+
 def _compose_and_run() -> None:
     # Hydra then raises what goes wrong while composing, instead of printing it, and `_explain` words the message.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -1,6 +1,5 @@
 """The command that plans mixed precision: `qat-plan budget=3.5 signal=kl`, or `python -m lightning_modules.plan`."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_modules.cli import config_dir, exit_on_signals, quiet, reporting
+from lightning_modules.cli import command, config_dir
 from lightning_modules.models import LoadedModel
 from qat.errors import InputError
 from qat.planning import Budget, Candidate, Plan, draw, plan, write_scheme
@@ -24,19 +22,7 @@ from qat.planning import Budget, Candidate, Plan, draw, plan, write_scheme
 
 def main() -> None:
     """Entry point of `qat-plan`."""
-    quiet()
-    exit_on_signals()
-    reporting(_compose_and_run)
-
-
-def _compose_and_run() -> None:
-    # As for training: Hydra raises what goes wrong while composing, and `reporting` words it.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="plan")(_task)()
-
-
-def _task(cfg: DictConfig) -> None:
-    reporting(lambda: _run(cfg))
+    command("plan", _run)
 
 
 def _run(cfg: DictConfig) -> None:

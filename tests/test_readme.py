@@ -11,8 +11,10 @@ from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("schemes", "quantizers", "pruning", "training")
+NAMES = ("schemes", "quantizers", "pruning", "training", "evaluation")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
+# Its `python train.py` needs the scheme that the command before it wrote.
+PLANNING = ROOT / "docs" / "mixed_precision.md"
 
 
 def commands():
@@ -38,6 +40,18 @@ def test_every_command_composes(command):
         build_quantizers(compose("train", known))
 
 
+def other_commands():
+    """Every `python -m lightning_modules.NAME ...`; NAME is that of its configuration too."""
+    for page in [*PAGES, PLANNING]:
+        yield from re.findall(r"python -m lightning_modules\.(\w+)([^`\n#]*)", page.read_text().replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(("name", "words"), sorted(set(other_commands())))
+def test_every_other_command_composes(name, words):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        compose(name, [word for word in shlex.split(words) if not word.startswith("-")])
+
+
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -52,6 +66,6 @@ def test_the_tables_are_those_of_the_results():
 
 
 def test_links_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]:
+    for page in [*PAGES, PLANNING, ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,88 @@
+"""The models of a command that shows artifacts beside what they were made from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lightning_modules.models import LoadedModel
+from qat import load
+from qat.errors import InputError
+from qat.export.artifact import bits_per_weight
+
+_ACCELERATORS = ("auto", "cpu")
+
+
+class SideBySide:
+    """What `artifact`, `model` and `reference` of a command choose; one artifact at a time is in memory.
+
+    Args:
+        cfg: composed from configs/evaluate.yaml or configs/generate.yaml.
+
+    Raises:
+        InputError: if nothing is chosen, or an artifact does not say how text becomes tokens.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        if cfg.accelerator not in _ACCELERATORS:
+            raise InputError(f"accelerator is '{cfg.accelerator}': choose auto or cpu.")
+        self._cfg, self.folders = cfg, _listed(cfg.artifact)
+        if not self.folders and not cfg.reference:
+            raise InputError("There is no model: give artifact=FOLDER, which a run exported, or reference=true.")
+        OmegaConf.resolve(cfg)
+        pl.seed_everything(cfg.seed, verbose=False)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        self.reference: LoadedModel | None = self._placed(instantiate(cfg.model)) if cfg.reference else None
+        self.tokenizer = self.reference.tokenizer if self.reference else _tokenizer(self.folders[0])
+
+    def artifacts(self) -> Iterator[LoadedModel]:
+        """Every artifact, named by its folder, in evaluation mode."""
+        for folder in self.folders:
+            model = load(folder, trust_remote_code=self._cfg.trust_remote_code)
+            yield self._placed(LoadedModel(model, self.tokenizer, folder))
+
+    def all(self) -> Iterator[LoadedModel]:
+        """The reference, if it is wanted, and the artifacts."""
+        if self.reference is not None:
+            yield self.reference
+        yield from self.artifacts()
+
+    def _placed(self, loaded: LoadedModel) -> LoadedModel:
+        on_gpu = self._cfg.accelerator == "auto" and torch.cuda.is_available()
+        return loaded._replace(model=loaded.model.to("cuda" if on_gpu else "cpu").eval())
+
+
+def bits_of(loaded: LoadedModel, packed: bool) -> float:
+    """Bits per quantized weight of an artifact; of a model in full precision, those of its dtype."""
+    return bits_per_weight(loaded.model) if packed else 8.0 * next(loaded.model.parameters()).element_size()
+
+
+def mib_of(loaded: LoadedModel, packed: bool) -> float:
+    """What an artifact takes on disk; a model in full precision, its parameters."""
+    if packed:
+        size = sum(file.stat().st_size for file in Path(loaded.name).iterdir())
+    else:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
+    return size / 2**20
+
+
+def _listed(chosen: Any) -> list[str]:
+    found = list(chosen) if isinstance(chosen, ListConfig) else [] if chosen is None else [chosen]
+    return [str(Path(folder).expanduser()) for folder in found]
+
+
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no tokenizer: choose the model that it was made from by model=hf model.name=..., and "
+            "leave out reference=false."
+        ) from error
