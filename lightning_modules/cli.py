@@ -148,6 +148,7 @@ def _run(cfg: DictConfig) -> float:
 
 def _job(cfg: DictConfig) -> float:
     from lightning_modules.callbacks import Stopped
+    from lightning_modules.comparison import Comparison
     from lightning_modules.pipeline import Job
 
     # Only now: Lightning sets its level as it is imported.
@@ -156,6 +157,8 @@ def _job(cfg: DictConfig) -> float:
     _check_choices(cfg)
     OmegaConf.resolve(cfg)
     try:
+        if cfg.get("compare"):
+            return Comparison(cfg, HydraConfig.get().overrides.task).run()
         rows = Job(cfg).run()
     except Stopped as stopped:
         print(f"\n{stopped}", flush=True)

@@ -189,10 +189,10 @@ class Job:
             self.model.to(self.trainer.strategy.root_device)
             for prune in prunes.values():
                 prune(self.model, self._calibration_batches())
-            self._save_plain(folder)
+            self.save_plain(folder)
         self._measure(SMALLER, _bytes(self.model))
 
-    def _save_plain(self, folder: Path) -> None:
+    def save_plain(self, folder: Path) -> None:
         """Write the model as transformers does."""
 
         def write() -> None:
@@ -209,7 +209,7 @@ class Job:
         self.trainer.strategy.barrier()
 
     def _reloaded(self, folder: Path) -> nn.Module:
-        """What `_save_plain` wrote."""
+        """What `save_plain` wrote."""
         dtype = dtype_name(next(self.model.parameters()).dtype)
         trusted = self.cfg.model.get("trust_remote_code", False)
         return load_hf(str(folder), dtype, trusted, self.model.config._attn_implementation).model
@@ -264,7 +264,7 @@ class Job:
         trained = self._logits(self.model, probe)
         if any(True for _ in quant_layers(self.model)):
             convert(self.model)
-        self._save_plain(folder)
+        self.save_plain(folder)
         self.module.model = self._reloaded(folder)
         check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
         self._measure(SAVED, sum(file.stat().st_size for file in folder.iterdir()))

@@ -1,0 +1,143 @@
+"""Running every arm of a comparison, one after the other, each once."""
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from lightning_modules.comparison.arms import FULL, Arm, chosen, full_precision, rounded_arms, trained_arms
+from lightning_modules.comparison.outcome import Outcome, table_of, verdict
+from lightning_modules.comparison.picture import draw
+from lightning_modules.pipeline import FULL as BEFORE
+from lightning_modules.pipeline import Job
+from qat.atomic import replaced_file
+from qat.errors import InputError
+
+_PLAIN = "pretrained"
+
+
+class Comparison:
+    """`method=compare`: for every seed a run in full precision, roundings of it, and runs that train quantized.
+
+    What an arm found is kept in `comparison.json` as soon as it is there; a comparison that was stopped goes on with
+    the arm that it was at, from that arm's last checkpoint.
+
+    Args:
+        cfg: the composed options; `cfg.compare` names the seeds and the arms.
+        given: the options as they were given, which every arm gets too.
+
+    Raises:
+        InputError: if there is nothing to compare.
+    """
+
+    def __init__(self, cfg: DictConfig, given: Sequence[str]) -> None:
+        self._given, self._options = list(given), cfg.compare
+        self._folder, self._title = Path(cfg.paths.output_dir), str(cfg.title)
+        self._console = Console()
+        _check(cfg)
+        self._found: dict[str, dict[str, Any]] = {}
+        if cfg.resumed and self._path.is_file():
+            self._found = json.loads(self._path.read_text())["arms"]
+
+    def run(self) -> float:
+        """The mean perplexity of the first trained arm, which is what a sweeper minimises."""
+        seeds = list(self._options.seeds)
+        for seed in seeds:
+            self._run_seed(seed)
+        outcome = self._outcome(seeds)
+        self._console.print(table_of(outcome, f"{self._title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"))
+        for name in outcome.trained:
+            self._say(verdict(outcome, name))
+        self._say(f"picture: {draw(outcome, self._folder / 'comparison.png', self._title)}")
+        values = next(iter(outcome.trained.values()))
+        return sum(values) / len(values)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "comparison.json"
+
+    def _run_seed(self, seed: int) -> None:
+        model = self._run_arm(full_precision(self._given, seed), seed)
+        for arm in rounded_arms(self._given, self._options.rounded, seed, model):
+            self._run_arm(arm, seed)
+        for arm in trained_arms(self._given, self._options.trained, seed):
+            self._run_arm(arm, seed)
+
+    def _run_arm(self, arm: Arm, seed: int) -> list[str]:
+        """Run `arm`, unless that was done; the options that load the model it leaves."""
+        key, folder = f"{arm.name}-{seed}", self._folder / f"{arm.name}-{seed}"
+        if key not in self._found:
+            self._say(f"--- {arm.name}, seed {seed}")
+            with _composed([*arm.options, *_resuming(folder)]) as cfg:
+                job = Job(cfg)
+                rows = job.run()
+                attention = job.model.config._attn_implementation
+                if arm.name == FULL:
+                    job.save_plain(folder / _PLAIN)
+            del job
+            gc.collect()
+            last = list(rows.values())[-1]["perplexity"]
+            self._keep(key, perplexity=last, before=rows[BEFORE]["perplexity"], attention=attention)
+        attention = self._found[key]["attention"]
+        dtype = [option for option in arm.options if option.startswith("model.dtype=")]
+        return ["model=hf", f"model.name='{folder / _PLAIN}'", f"model.attention={attention}", *dtype]
+
+    def _keep(self, key: str, **figures: Any) -> None:
+        self._found[key] = figures
+        with replaced_file(self._path) as temporary:
+            temporary.write_text(json.dumps({"title": self._title, "arms": self._found}, indent=1) + "\n")
+
+    def _outcome(self, seeds: Sequence[int]) -> Outcome:
+        def of(name: str, figure: str = "perplexity") -> list[float]:
+            return [self._found[f"{name}-{seed}"][figure] for seed in seeds]
+
+        rounded, trained = (chosen(arms) for arms in (self._options.rounded, self._options.trained))
+        parts = ({name: of(name) for name in names} for names in (rounded, trained))
+        return Outcome(of(FULL, "before"), of(FULL), *parts)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _composed(options: Sequence[str]) -> Iterator[DictConfig]:
+    """What `options` compose, as if they had been given on the command line."""
+    own = HydraConfig.instance().cfg
+    cfg = compose("train", list(options), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    try:
+        with open_dict(cfg):
+            del cfg["hydra"]
+        OmegaConf.resolve(cfg)
+        yield cfg
+    finally:
+        HydraConfig.instance().cfg = own
+
+
+def _resuming(folder: Path) -> list[str]:
+    """Options for a run in `folder`, which goes on where it was stopped there."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    found = [f"ckpt_path='{checkpoint}'"] if checkpoint.is_file() else []
+    return [f"paths.output_dir='{folder}'", "resumed=true", *found]
+
+
+def _check(cfg: DictConfig) -> None:
+    options = cfg.compare
+    seeds = OmegaConf.to_container(options.seeds) if OmegaConf.is_list(options.seeds) else options.seeds
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"compare.seeds is {seeds}: it is a list of different whole numbers, [0,1,2].")
+    if not chosen(options.trained):
+        raise InputError("compare.trained has no arm: add 'compare.trained.qat=[\"method=qat\"]'.")
+    twice = set(chosen(options.trained)) & set(chosen(options.rounded))
+    if twice:
+        raise InputError(f"Two arms are called '{min(twice)}': rename one of them.")
+    if cfg.trainer.devices not in (1, "1"):
+        raise InputError(f"trainer.devices is {cfg.trainer.devices}; the runs of a comparison have one device each.")
