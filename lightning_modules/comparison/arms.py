@@ -53,9 +53,8 @@ def chosen(arms: Mapping[str, Any]) -> dict[str, list[str]]:
         if name == FULL:
             raise InputError(f"An arm cannot be called '{FULL}', which is the run in full precision.")
         if isinstance(options, str) or not all(isinstance(option, str) for option in options):
-            raise InputError(
-                f"The options of the arm '{name}' are {options}: give a list, as in 'compare.rounded.gptq=[\"transforms=gptq\"]'."
-            )
+            example = f"'compare.rounded.{name}=[\"transforms=gptq\"]'"
+            raise InputError(f"The options of the arm '{name}' are {options}: give a list, as in {example}.")
     return {name: list(options) for name, options in found.items()}
 
 
