@@ -27,6 +27,8 @@ def draw(outcome: Outcome, path: Path, title: str) -> Path:
     values = [value for _, own, _ in rows for value in own]
     if max(values) > 10 * min(values):
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     with replaced_file(path) as temporary:
