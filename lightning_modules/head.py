@@ -28,6 +28,9 @@ class Shape(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+AS_IS = Shape()
+
+
 class Head:
     """The output head of a causal LM as a linear layer and a `shape`, proven by an experiment to give its logits.
 

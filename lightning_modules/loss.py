@@ -1,7 +1,7 @@
 """The loss of a language model computed at its output head, so that the logits of all tokens never exist at once."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,11 @@ class HeadLoss:
         self.kind, self.head = kind, Head(model, f"module.loss={kind}", _MEND)
         self._sum = _sum_of(kind, self.head.linear, next(model.parameters()).device)
 
-    def pays(self, batch: dict[str, Tensor]) -> bool:
+    def pays(self, batch: Mapping[str, Tensor]) -> bool:
         """Whether the batch has more tokens than one chunk: otherwise the model's own loss is the same and as small."""
         return self.kind != "chunked" or batch["input_ids"].numel() > self.head.linear.in_features
 
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The loss of `batch`, `input_ids` and `labels` `[batch, tokens]`; 0 where no token is learned."""
         x, weight = self.head.inputs({name: value for name, value in batch.items() if name != "labels"})
         targets = next_tokens(batch["labels"])
