@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.errors import InputError
-from qat.transforms.blocks import block_list
-from qat.transforms.layers import plain_layers, quant_layers
+from qat.transforms.blocks import find_blocks
 
 
 @contextmanager
@@ -36,7 +35,13 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     Raises:
         InputError: if it has none.
     """
-    return block_list(model, [*plain_layers(model), *(name for name, _ in quant_layers(model))])[1]
+    found = find_blocks(model, [name for name, module in model.named_modules() if module._parameters])
+    if found is None:
+        raise InputError(
+            f"distill.hidden and distill.attention compare blocks, and {type(model).__name__} has no list of them: "
+            "set their weights to 0."
+        )
+    return found[1]
 
 
 def paired_blocks(
@@ -53,6 +58,8 @@ def paired_blocks(
     """
     own, theirs = blocks_of(student), blocks_of(teacher)
     indices = range(len(own)) if indices is None else indices
+    if not isinstance(indices, Sequence) or isinstance(indices, str) or not len(indices):
+        raise InputError(f"{option} is {indices}; it is a list of blocks: set it to [-1], the last one.")
     pairs = []
     for index in indices:
         if not isinstance(index, int) or not -len(own) <= index < len(own):
