@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.record import record
-from lightning_modules.loss import Shape, cce, chunked, liger
+from lightning_modules.head import Shape
+from lightning_modules.loss import cce, chunked, liger
 
 
 class Sizes(NamedTuple):

@@ -1,8 +1,8 @@
 """The language-modelling objective as a LightningModule."""
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
+from lightning_modules.distillation import Distillation
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.loss import HeadLoss, head_loss
 from qat.errors import InputError
@@ -38,6 +39,8 @@ class CausalLMModule(pl.LightningModule):
             launches them.
         loss: how training computes it: by the `model`, or without the logits of all tokens, `chunked`, `liger` or
             `cce`; `auto` is chunked wherever that computes what the model does.
+        distill: the objective of training instead of the cross entropy alone, its teacher made already when a fit
+            begins; None, or an empty mapping: none. Evaluation is the cross entropy in any case.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class CausalLMModule(pl.LightningModule):
         compile: str | None = None,
         cuda_graphs: bool = False,
         loss: str = "auto",
+        distill: Distillation | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.train()
@@ -64,6 +68,7 @@ class CausalLMModule(pl.LightningModule):
         self.compiled: CompiledBlocks | None = None
         self.codes: ModelStepCodes | None = None
         self.loss = loss
+        self.distillation = distill if isinstance(distill, Distillation) else None
         self.head_loss: HeadLoss | None = None
         self.watch = FiniteWatch(late=False)
         self._nll = torch.zeros(2, dtype=torch.float64)
@@ -72,6 +77,8 @@ class CausalLMModule(pl.LightningModule):
         """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""
         self.head_loss = head_loss(self.model, self.loss)
         self.watch = FiniteWatch(late=self.device.type != "cpu")
+        if self.distillation is not None:
+            self.distillation.start(self.model, self.loss != "model", self.compile_backend is not None)
         if self.cuda_graphs:
             check_cuda_graphs(self.trainer, self.compile_backend, self.device.type, self.gradient_checkpointing)
         if self.compile_backend is not None:
@@ -81,6 +88,8 @@ class CausalLMModule(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         self.head_loss = None
+        if self.distillation is not None:
+            self.distillation.stop()
         if self.codes is not None:
             self.codes.stop()
             self.codes = None
@@ -104,7 +113,7 @@ class CausalLMModule(pl.LightningModule):
         hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation)
         self.watch.see(loss, partial(self._explain, loss.detach(), batch, self.global_step))
         self.log("train/loss", loss.detach())
         return loss
@@ -185,11 +194,24 @@ class CausalLMModule(pl.LightningModule):
             raise InputError(f"The optimizer or its scheduler refused an option: {error}.") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _distilled(self, batch: dict[str, Tensor], distillation: Distillation) -> Tensor:
+        lesson = distillation.lesson(batch)  # of the teacher, whose blocks are not compiled
+        with self._forward_pass():
+            loss, measured = distillation.loss(batch, lesson, self._cross_entropy)
+        self.log_dict({f"train/{name}": value for name, value in measured.items()})
+        return loss
+
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with nullcontext() if self.compiled is None else self.compiled.step():
-            if self.head_loss is not None and self.head_loss.pays(batch):
-                return self.head_loss(batch)
-            output = self.model(**batch, use_cache=False)
+        with self._forward_pass():
+            return self._cross_entropy(batch)
+
+    def _forward_pass(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.compiled is None else self.compiled.step()
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
+        if self.head_loss is not None and self.head_loss.pays(batch):
+            return self.head_loss(batch)
+        output = self.model(**batch, use_cache=False)
         # The mean over no token at all (nothing but a long prompt) is NaN: such a batch teaches nothing instead.
         learned = (batch["labels"][:, 1:] != IGNORED).any()
         return torch.where(learned, output.loss, output.logits[..., :1, :1].float().sum() * 0)

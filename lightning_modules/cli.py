@@ -26,6 +26,11 @@ _PLACED = {
     "quantizer": "quantizer@scheme.weight=kmeans (or @scheme.input, .output, .grad, .kv.key, .kv.value)",
     "kv": "kv@scheme.kv=kivi",
 }
+# What is compared inside of student and teacher, its weight, and the transforms after which it is not comparable.
+_TERMS_AGAINST = {
+    "hidden states": ("distill.hidden.weight", ("rotate",)),
+    "queries, keys and values": ("distill.attention.weight", ("smoothquant", "awq")),
+}
 Result = TypeVar("Result")
 
 
@@ -178,6 +183,20 @@ def _check_choices(cfg: DictConfig) -> None:
             f"method=grad_quant quantizes gradients, and scheme={choices.scheme} has no quantizer for them: add "
             "quantizer@scheme.grad=grad_token."
         )
+    if choices.method == "distill" and not cfg.distill:
+        raise InputError("method=distill needs something to aim at: leave out distill=none, or take method=qat.")
+    if cfg.distill and not cfg.fit:
+        raise InputError(
+            f"distill={choices.distill} is an objective of training, and method={choices.method} does not train: take "
+            "method=distill."
+        )
+    for term, (weight, kinds) in _TERMS_AGAINST.items():
+        turned = [name for name in cfg.transforms if name in kinds]
+        if OmegaConf.select(cfg, weight, default=0) and turned:
+            raise InputError(
+                f"transforms={choices.transforms} changes what {term} are in the student and not in its teacher, so "
+                f"they cannot be compared: set {weight}=0, or transforms=calibrate."
+            )
 
 
 def program() -> str:

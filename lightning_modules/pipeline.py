@@ -103,6 +103,7 @@ class Job:
         self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
         self._measure(FULL, _bytes(self.model))
+        self._teach()
         self._shrink()
         self._prepare()
         quantized = is_quantized(self.model)
@@ -110,6 +111,7 @@ class Job:
             self._measure(self._untrained)
         if self.cfg.fit:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint, weights_only=True)
+            self.module.distillation = None  # its teacher has done its work, and is as large as the model
             self._measure(TRAINED if quantized else TUNED)
         zeros = sparsity(self.model)
         if zeros:
@@ -176,6 +178,19 @@ class Job:
                 f"No token would leave the window of the KV cache: it and a group are {longest} tokens, "
                 f"data.sequence_length is {self.cfg.data.sequence_length}. Raise that, or lower scheme.kv.window."
             )
+
+    def _teach(self) -> None:
+        """Make the teacher of a distillation, before anything changes the model."""
+        distillation = self.module.distillation
+        if distillation is None:
+            return
+        self.model.to(self.trainer.strategy.root_device)
+        distillation.teach(self.model, self.loaded.tokenizer)
+        self._say(f"teacher: {distillation.name or f'{self.loaded.name}, as it is now'}")
+        if distillation.needs_gamma:
+            with self.trainer.precision_plugin.forward_context():
+                gamma = distillation.measure(self._calibration_batches())
+            self._say(f"teacher: gives the next token a probability of {gamma:.3f} on average (distill.gamma)")
 
     def _shrink(self) -> None:
         """Remove parts of the model; a resumed run takes up what it had left, since checkpoints hold tensors only."""

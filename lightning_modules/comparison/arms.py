@@ -9,7 +9,7 @@ FULL = "fp"
 # Options that are the comparison's, or that each arm has of its own.
 _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_path", "paths.output_dir", "title")
 # Options that say how to quantize, which an arm in full precision does not.
-_OF_THE_SCHEME = ("scheme", "quantizer@", "kv@", "transforms", "callbacks.smooth_start", "callbacks.soft")
+_OF_THE_SCHEME = ("scheme", "quantizer@", "kv@", "transforms", "distill", "callbacks.smooth_start", "callbacks.soft")
 _OF_THE_MODEL = ("model",)
 
 

@@ -7,7 +7,8 @@ import torch
 
 import qat
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.loss import HeadLoss, Shape, head_loss
+from lightning_modules.head import Shape
+from lightning_modules.loss import HeadLoss, head_loss
 from qat.errors import InputError
 from qat.quantizers import KMeansQuantizer, MinMaxQuantizer
 from tests.conftest import tiny_llama
@@ -80,9 +81,9 @@ def test_under_autocast():
 
 
 def test_what_becomes_of_logits_is_found():
-    assert HeadLoss(tiny_granite(), "chunked")._shape == Shape(1 / 8)
-    assert HeadLoss(tiny_cohere(), "chunked")._shape == Shape(0.0625)
-    assert HeadLoss(tiny_gemma2(), "chunked")._shape == Shape(softcap=0.5)
+    assert HeadLoss(tiny_granite(), "chunked").head.shape == Shape(1 / 8)
+    assert HeadLoss(tiny_cohere(), "chunked").head.shape == Shape(0.0625)
+    assert HeadLoss(tiny_gemma2(), "chunked").head.shape == Shape(softcap=0.5)
 
 
 def with_auxiliary_loss():

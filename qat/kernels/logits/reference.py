@@ -25,7 +25,7 @@ def loss_and_gradient(
     """
     counts = targets != ignored
     target = torch.where(counts, targets, 0)[:, None]
-    v, slope = _shaped(z, scale, softcap)
+    v, slope = shaped(z, scale, softcap)
     log_p = F.log_softmax(v, 1, dtype=torch.float32)
     losses = torch.where(counts, -log_p.gather(1, target)[:, 0], 0)
     if not with_gradient:
@@ -41,10 +41,11 @@ def times(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return total.mul_(factor).to(dtype)
 
 
-def _shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """The logits that z becomes and their derivative; None is 1."""
+def shaped(z: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The logits v that z becomes, scale * z or softcap * tanh(scale * z / softcap), and dv/dz; None is 1."""
+    precise = torch.promote_types(z.dtype, torch.float32)
     if softcap is None:
-        return (z, None) if scale == 1 else (z.float() * scale, torch.full((), scale, device=z.device))
-    bounded = z.float().mul_(scale / softcap).tanh_()
+        return (z, None) if scale == 1 else (z.to(precise) * scale, torch.full((), scale, device=z.device))
+    bounded = z.to(precise).mul_(scale / softcap).tanh_()
     slope = (1 - bounded.square()).mul_(scale)
     return bounded.mul_(softcap), slope

@@ -1,0 +1,86 @@
+"""Cross entropy and divergence from the teacher, mixed, of some rows of logits, with their gradient."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.data.windows import IGNORED
+from lightning_modules.distillation.divergences import Divergence
+from lightning_modules.distillation.top_k import TopK
+from lightning_modules.head import AS_IS, Shape
+from qat.kernels.logits.reference import shaped
+
+
+class Losses(NamedTuple):
+    """What rows of logits lose.
+
+    Attributes:
+        cross_entropy, divergence: of each row `[rows]`, in nats; the divergence times temperature^2.
+        gradient: of their weighted sum with respect to the head's outputs `[rows, vocabulary]`, if it was wanted.
+    """
+
+    cross_entropy: Tensor
+    divergence: Tensor
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """(1 - weight) CE(q, next token) + weight T^2 D(softmax(v_teacher / T), softmax(v / T)), v the logits.
+
+    T^2 keeps the gradient's size whatever T is ("Distilling the Knowledge in a Neural Network", arXiv 1503.02531).
+
+    Attributes:
+        divergence: D.
+        weight: from 0 to 1.
+        temperature: T, positive.
+        top_k: how many words of the teacher's are told apart; None: all.
+        shape, teacher_shape: what becomes of the heads' outputs, student's and teacher's.
+    """
+
+    divergence: Divergence
+    weight: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    shape: Shape = AS_IS
+    teacher_shape: Shape = AS_IS
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor, z_teacher: Tensor, targets: Tensor, with_gradient: bool = True) -> Losses:
+        """The losses of rows of logits.
+
+        Args:
+            z, z_teacher: outputs of the heads `[rows, vocabulary]`, overwritten.
+            targets: the next tokens `[rows]`; rows whose target is -100 have loss and gradient 0.
+        """
+        counts, dtype = targets != IGNORED, z.dtype
+        v, slope = shaped(z, *self.shape)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        v_teacher = shaped(z_teacher, *self.teacher_shape)[0].to(v.dtype)
+        divergences, of_divergence = self._divergence(v, v_teacher)
+        log_q = F.log_softmax(v, -1)
+        target = torch.where(counts, targets, 0)[:, None]
+        cross_entropies = torch.where(counts, -log_q.gather(-1, target)[:, 0], 0)
+        divergences = torch.where(counts, divergences, 0).mul_(self.temperature**2)
+        if not with_gradient:
+            return Losses(cross_entropies, divergences, None)
+        gradient = of_divergence.mul_(self.weight * self.temperature)
+        if self.weight < 1:
+            of_target = log_q.exp_().scatter_add_(-1, target, log_q.new_full(target.shape, -1))
+            gradient.add_(of_target, alpha=1 - self.weight)
+        gradient = gradient if slope is None else gradient.mul_(slope)
+        # Selected, not multiplied: what does not count is 0 whatever its logits are.
+        return Losses(cross_entropies, divergences, gradient.masked_fill_(~counts[:, None], 0).to(dtype))
+
+    def _divergence(self, v: Tensor, v_teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """D of each row, and its gradient with respect to v / T."""
+        a, b = (v, v_teacher) if self.temperature == 1 else (v / self.temperature, v_teacher / self.temperature)
+        if self.top_k is None or self.top_k == v.shape[-1]:
+            return self.divergence(F.log_softmax(b, -1), F.log_softmax(a, -1))
+        words = TopK(b, self.top_k)
+        few, rest = words.few(a)
+        losses, gradient = self.divergence(F.log_softmax(words.few(b)[0], -1), F.log_softmax(few, -1))
+        return losses, words.back(gradient, few, rest)

@@ -1,0 +1,248 @@
+"""The objective of distillation: cross entropy and divergence of logits, and what is compared inside of the models."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.data.windows import IGNORED
+from lightning_modules.distillation.chunked import Linear, Sums, at_heads, of_logits
+from lightning_modules.distillation.divergences import divergence_of, forward_kl
+from lightning_modules.distillation.logits import LogitLoss
+from lightning_modules.distillation.teacher import confidence, make_teacher, share_frozen, vocabulary
+from lightning_modules.distillation.watched import outputs_of
+from lightning_modules.head import Head
+from lightning_modules.loss import next_tokens
+from qat.errors import InputError
+from qat.options import require_whole, require_within
+
+Batch = Mapping[str, Tensor]
+# Several tensors of a chunk's logits exist at once: together they take about as much as the gradient of the head.
+_CHUNKS_OF_A_HEAD = 4
+
+
+class Term(Protocol):
+    """Something that is compared inside of both models."""
+
+    weight: float
+
+    def pairs(self, student: nn.Module, teacher: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        """The modules whose outputs are compared."""
+
+    def __call__(self, pairs: Sequence[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
+        """The loss, from those outputs."""
+
+
+class Lesson(NamedTuple):
+    """What the teacher says of a batch: its head's inputs, or its logits, or neither; and outputs inside of it."""
+
+    head: Linear | None
+    logits: Tensor | None
+    inside: Mapping[nn.Module, Tensor]
+
+
+@dataclass
+class _Fit:
+    """What holds for one fit: the models, their heads where they are proven, and what is watched in both."""
+
+    student: Any
+    logit_loss: LogitLoss
+    heads: tuple[Head, Head] | None
+    pairs: dict[str, list[tuple[nn.Module, nn.Module]]]
+
+
+class Distillation:
+    """(1 - weight) CE + weight T^2 D(teacher, student) + the weighted terms inside of the models.
+
+    It holds the teacher, and no module holds it: so no checkpoint, optimizer or artifact ever does.
+
+    Args:
+        teacher: another model than the student before it was quantized, on the hub or in a folder.
+        dtype: of the teacher's weights; None takes the student's.
+        divergence: `forward_kl`, `reverse_kl`, `jsd` or `cakld`, see `divergences`.
+        weight: of the divergence, from 0 to 1; the rest is that of cross entropy.
+        temperature: divides the logits of both, positive.
+        top_k: how many words of the teacher's are told apart, see `TopK`; None: all.
+        beta: of jsd.
+        gamma: of cakld; None measures it with the teacher, see `measure`.
+        hidden, attention: terms inside of the models; weight 0 is off.
+
+    Raises:
+        InputError: if an option is out of range, or nothing is distilled.
+    """
+
+    def __init__(
+        self,
+        teacher: str | None = None,
+        dtype: str | None = None,
+        divergence: str = "forward_kl",
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        beta: float = 0.5,
+        gamma: float | None = None,
+        hidden: Term | None = None,
+        attention: Term | None = None,
+    ) -> None:
+        require_within("distill.weight", weight, 0.5, 0, 1)
+        if not isinstance(temperature, int | float) or not temperature > 0:
+            raise InputError(f"distill.temperature is {temperature}; it divides logits: set it to 1, or to 2.")
+        if top_k is not None:
+            require_whole("distill.top_k", top_k, 100)
+        self.terms = {name: term for name, term in (("hidden", hidden), ("attention", attention)) if term is not None}
+        self.terms = {name: term for name, term in self.terms.items() if term.weight}
+        if not weight and not self.terms:
+            raise InputError("distill.weight is 0 and no other term is on, so nothing is distilled: set it to 0.5.")
+        divergence_of(divergence, beta, 0.5 if gamma is None else gamma)  # refused now, not after the model is loaded
+        self.name, self.dtype, self.weight, self.temperature, self.top_k = teacher, dtype, weight, temperature, top_k
+        self.divergence, self.beta, self.gamma = divergence, beta, gamma
+        self.teacher: nn.Module | None = None
+        self._fit: _Fit | None = None
+
+    @property
+    def needs_gamma(self) -> bool:
+        """Whether `measure` is still to be called."""
+        return bool(self.weight) and self.divergence == "cakld" and self.gamma is None
+
+    def teach(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Make the teacher, of `model` as it is now: before anything is pruned, rotated or quantized.
+
+        Raises:
+            InputError: if it cannot teach this student, or `top_k` is more than its vocabulary.
+        """
+        words = vocabulary(model)
+        if self.top_k is not None and self.top_k > words:
+            raise InputError(f"distill.top_k is {self.top_k}, and the model has {words} words: set it to 100, or null.")
+        self.teacher = make_teacher(model, self.name, self.dtype, tokenizer)
+
+    def measure(self, batches: Iterable[Batch]) -> float:
+        """Find gamma of cakld: how sure the teacher is of the next token of `batches`, which the paper does once.
+
+        Once, and not for each batch: so the gradient of a batch is that of its parts.
+        """
+        self.gamma = confidence(self._taught(), batches)
+        return self.gamma
+
+    def start(self, student: nn.Module, at_heads: bool = True, compiled: bool = False) -> None:
+        """Get ready to train `student`, as transforms left it, on its device.
+
+        Args:
+            at_heads: compute at the heads wherever that is proven to give both models' logits; false takes whole ones.
+            compiled: whether its blocks are compiled.
+
+        Raises:
+            InputError: if there is no teacher, or a term does not fit the models.
+        """
+        teacher = self._taught()
+        if self.needs_gamma:
+            raise InputError("distill.gamma is not known: call measure(batches) after teach(model), or set it to 0.5.")
+        if compiled and self.terms:
+            raise InputError(
+                f"distill.{next(iter(self.terms))} looks into blocks, which compiled ones do not show: set "
+                "module.compile=null, or its weight to 0."
+            )
+        teacher.to(next(student.parameters()).device)
+        share_frozen(teacher, student)
+        heads = _proven_heads(student, teacher) if at_heads and self.weight else None
+        pairs = {name: term.pairs(student, teacher) for name, term in self.terms.items()}
+        self._fit = _Fit(student, self._logit_loss(heads), heads, pairs)
+
+    def stop(self) -> None:
+        """Forget the student; the teacher stays."""
+        self._fit = None
+
+    @torch.no_grad()
+    def lesson(self, batch: Batch) -> Lesson:
+        """What the teacher says of `batch`."""
+        fit, teacher, inputs = self._started(), self._taught(), _without_labels(batch)
+        with outputs_of([theirs for pairs in fit.pairs.values() for _, theirs in pairs]) as inside:
+            if fit.heads is not None:
+                return Lesson(_head_inputs(fit.heads[1], inputs), None, inside)
+            logits = teacher(**inputs, use_cache=False).logits
+        return Lesson(None, logits if self.weight else None, inside)
+
+    def loss(
+        self, batch: Batch, lesson: Lesson, cross_entropy: Callable[[Batch], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of `batch`, 0 where no token is learned, and its terms without their weights.
+
+        Args:
+            batch: `input_ids` and `labels` `[batch, tokens]`.
+            lesson: of the same batch.
+            cross_entropy: the student's loss alone, where its logits are not compared.
+        """
+        fit = self._started()
+        with outputs_of([own for pairs in fit.pairs.values() for own, _ in pairs]) as inside:
+            if self.weight:
+                loss, measured = self._loss_of_logits(fit, batch, lesson)
+            else:
+                loss = cross_entropy(batch)
+                measured = {"cross_entropy": loss.detach()}
+        for name, term in self.terms.items():
+            found = term([(inside[own], lesson.inside[theirs]) for own, theirs in fit.pairs[name]], batch)
+            loss, measured[name] = loss + term.weight * found, found.detach()
+        return loss, measured
+
+    def _loss_of_logits(self, fit: _Fit, batch: Batch, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = next_tokens(batch["labels"])
+        count = (targets != IGNORED).sum().clamp(min=1)
+        if fit.heads is None or lesson.head is None:
+            total, sums = self._of_whole_logits(fit, batch, lesson, targets, count)
+        else:
+            student = _head_inputs(fit.heads[0], _without_labels(batch))
+            chunk = max(1, student.x.shape[-1] // _CHUNKS_OF_A_HEAD)
+            with torch.profiler.record_function("loss"):
+                total, sums = at_heads(student, lesson.head, targets, chunk, fit.logit_loss)
+        measured = {"cross_entropy": sums.cross_entropy / count, "divergence": sums.divergence / count}
+        return total / count, measured
+
+    def _of_whole_logits(
+        self, fit: _Fit, batch: Batch, lesson: Lesson, targets: Tensor, count: Tensor
+    ) -> tuple[Tensor, Sums]:
+        """The same for heads that are more than a product: the model's own loss and its own logits."""
+        assert lesson.logits is not None
+        output = fit.student(**batch, use_cache=False)
+        z, z_teacher = output.logits.flatten(0, 1), lesson.logits.flatten(0, 1)
+        chunk = max(1, fit.student.config.hidden_size // _CHUNKS_OF_A_HEAD)
+        total, sums = of_logits(z, z_teacher, targets, chunk, fit.logit_loss)
+        if self.weight == 1:
+            return total, sums
+        # The model's mean over no token is NaN.
+        own = torch.where((targets != IGNORED).any(), output.loss, 0)
+        return self.weight * total + (1 - self.weight) * own * count, sums
+
+    def _logit_loss(self, heads: tuple[Head, Head] | None) -> LogitLoss:
+        divergence = divergence_of(self.divergence, self.beta, self.gamma) if self.weight else forward_kl
+        if heads is None:  # logits are what they will be, and the model's own loss is the cross entropy
+            return LogitLoss(divergence, 1.0, self.temperature, self.top_k)
+        return LogitLoss(divergence, self.weight, self.temperature, self.top_k, heads[0].shape, heads[1].shape)
+
+    def _taught(self) -> nn.Module:
+        if self.teacher is None:
+            raise InputError("There is no teacher: call distillation.teach(model) before the model is prepared.")
+        return self.teacher
+
+    def _started(self) -> _Fit:
+        if self._fit is None:
+            raise InputError("Distillation has no student: call distillation.start(model) after it is prepared.")
+        return self._fit
+
+
+def _proven_heads(student: nn.Module, teacher: nn.Module) -> tuple[Head, Head] | None:
+    """The heads of both, where each is proven to make its model's logits."""
+    try:
+        return Head(student, "distill", ""), Head(teacher, "distill", "")
+    except InputError:
+        return None
+
+
+def _head_inputs(head: Head, inputs: Batch) -> Linear:
+    """What `head` multiplies, all tokens of the batch one after the other."""
+    x, weight = head.inputs(inputs)
+    return Linear(x.flatten(0, 1), weight, head.linear.bias)
+
+
+def _without_labels(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
