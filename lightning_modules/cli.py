@@ -26,11 +26,6 @@ _PLACED = {
     "quantizer": "quantizer@scheme.weight=kmeans (or @scheme.input, .output, .grad, .kv.key, .kv.value)",
     "kv": "kv@scheme.kv=kivi",
 }
-# What is compared inside of student and teacher, its weight, and the transforms after which it is not comparable.
-_TERMS_AGAINST = {
-    "hidden states": ("distill.hidden.weight", ("rotate",)),
-    "queries, keys and values": ("distill.attention.weight", ("smoothquant", "awq")),
-}
 Result = TypeVar("Result")
 
 
@@ -153,13 +148,14 @@ def _run(cfg: DictConfig) -> float:
 
 def _job(cfg: DictConfig) -> float:
     from lightning_modules.callbacks import Stopped
+    from lightning_modules.choices import check_choices
     from lightning_modules.comparison import Comparison
     from lightning_modules.pipeline import Job
 
     # Only now: Lightning sets its level as it is imported.
     for name in ("pytorch_lightning", "lightning_fabric", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    _check_choices(cfg)
+    check_choices(cfg)
     OmegaConf.resolve(cfg)
     try:
         if cfg.get("compare"):
@@ -169,34 +165,6 @@ def _job(cfg: DictConfig) -> float:
         print(f"\n{stopped}", flush=True)
         raise SystemExit(128 + stopped.signal_number) from None
     return float(list(rows.values())[-1]["perplexity"])
-
-
-def _check_choices(cfg: DictConfig) -> None:
-    """Refuse a method and a scheme that contradict each other."""
-    choices = HydraConfig.get().runtime.choices
-    if choices.method == "fp" and choices.scheme != "none":
-        raise InputError(
-            f"method=fp trains without quantization, scheme={choices.scheme} with it: leave out one of them."
-        )
-    if choices.method == "grad_quant" and cfg.scheme.grad._target_.endswith("NoQuantizer"):
-        raise InputError(
-            f"method=grad_quant quantizes gradients, and scheme={choices.scheme} has no quantizer for them: add "
-            "quantizer@scheme.grad=grad_token."
-        )
-    if choices.method == "distill" and not cfg.distill:
-        raise InputError("method=distill needs something to aim at: leave out distill=none, or take method=qat.")
-    if cfg.distill and not cfg.fit:
-        raise InputError(
-            f"distill={choices.distill} is an objective of training, and method={choices.method} does not train: take "
-            "method=distill."
-        )
-    for term, (weight, kinds) in _TERMS_AGAINST.items():
-        turned = [name for name in cfg.transforms if name in kinds]
-        if OmegaConf.select(cfg, weight, default=0) and turned:
-            raise InputError(
-                f"transforms={choices.transforms} changes what {term} are in the student and not in its teacher, so "
-                f"they cannot be compared: set {weight}=0, or transforms=calibrate."
-            )
 
 
 def program() -> str:

@@ -10,7 +10,6 @@ FULL = "fp"
 _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_path", "paths.output_dir", "title")
 # Options that say how to quantize, which an arm in full precision does not.
 _OF_THE_SCHEME = ("scheme", "quantizer@", "kv@", "transforms", "distill", "callbacks.smooth_start", "callbacks.soft")
-_OF_THE_MODEL = ("model",)
 
 
 class Arm(NamedTuple):
@@ -36,7 +35,7 @@ def full_precision(given: Sequence[str], seed: int) -> Arm:
 
 def rounded_arms(given: Sequence[str], arms: Mapping[str, Any], seed: int, model: Sequence[str]) -> list[Arm]:
     """Runs that quantize what the run in full precision trained, which the options `model` load."""
-    kept = _without(given, *_OF_THE_MODEL, "transforms")
+    kept = _without(given, "model", "transforms", "distill")
     return [
         Arm(name, [*kept, f"seed={seed}", *model, *options, "method=ptq"]) for name, options in chosen(arms).items()
     ]

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from lightning_modules.choices import check_choices
 from lightning_modules.comparison.arms import FULL, Arm, chosen, full_precision, rounded_arms, trained_arms
 from lightning_modules.comparison.outcome import Outcome, table_of, verdict
 from lightning_modules.comparison.picture import draw
@@ -115,6 +116,7 @@ def _composed(options: Sequence[str]) -> Iterator[DictConfig]:
     try:
         with open_dict(cfg):
             del cfg["hydra"]
+        check_choices(cfg)
         OmegaConf.resolve(cfg)
         yield cfg
     finally:

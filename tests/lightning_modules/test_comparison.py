@@ -24,8 +24,10 @@ def test_every_arm_has_the_same_options_but_its_own():
     model = ["model=hf", "model.name=x"]
     assert trained == ("qat", [*scheme, *model, *common, "method=qat"])
     assert full_precision(GIVEN, 1) == ("fp", [*model, *common, "method=fp"])
+    distilled = [*GIVEN, "distill=logits", "distill.weight=1", "transforms=fisher"]
+    assert full_precision(distilled, 1) == full_precision(GIVEN, 1)
     loading = ["model=hf", "model.name=y"]
-    arms = rounded_arms([*GIVEN, "transforms=fisher"], {"rtn": [], "gptq": ["transforms=gptq"]}, 1, loading)
+    arms = rounded_arms(distilled, {"rtn": [], "gptq": ["transforms=gptq"]}, 1, loading)
     assert arms[0] == ("rtn", [*scheme, *common, *loading, "method=ptq"])
     assert arms[1] == ("gptq", [*scheme, *common, *loading, "transforms=gptq", "method=ptq"])
 
