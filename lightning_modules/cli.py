@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -114,8 +120,17 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 def _task(cfg: DictConfig) -> float:
     # Reported in here already: an exception that leaves the task makes Hydra print a report of its own.
     if not os.environ.get("LOCAL_RANK", "0").strip("0"):  # the other processes of a run have its folder too
+        reporting(lambda: _refuse_changes(cfg))
         reporting(lambda: _claim(cfg))
     return reporting(lambda: _run(cfg))
+
+
+def _refuse_changes(cfg: DictConfig) -> None:
+    """Refuse a comparison that goes on with other options, before they are written to its folder."""
+    if cfg.resumed and cfg.get("compare"):
+        from lightning_modules.comparison import Comparison
+
+        Comparison(cfg, HydraConfig.get().overrides.task).refuse_changes()
 
 
 def _claim(cfg: DictConfig) -> None:
@@ -189,6 +204,8 @@ def _explain(error: BaseException) -> str | None:
         return (error.__cause__ and _explain(error.__cause__)) or _instantiation(error)
     if isinstance(error, MissingConfigException):
         return _missing_config(error)
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' cannot be read: a text with quotes, commas or brackets needs quotes of its own."
     if isinstance(error, ConfigCompositionException):
         return _composition(error)
     if isinstance(error, OSError):
@@ -217,6 +234,9 @@ def _missing_config(error: MissingConfigException) -> str:
 
 def _composition(error: ConfigCompositionException) -> str:
     text = str(error).splitlines()[0]
+    if text.startswith("Ambiguous value"):
+        key, _, value = text.partition("'")[2].rpartition("'")[0].partition("=")
+        return f"A value with commas needs quotes of its own: '{key}=\"{value}\"'; with -m it is a list of values."
     cause = error.__cause__
     key = getattr(cause, "key", None)
     parent = getattr(cause, "parent_node", None)

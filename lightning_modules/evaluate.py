@@ -15,7 +15,7 @@ from lightning_modules.data import CausalLMDataModule
 from lightning_modules.evaluation import Text, evaluate, text_of, windows
 from lightning_modules.evaluation.tasks import check_tasks, task_scores
 from lightning_modules.models import LoadedModel
-from lightning_modules.side_by_side import SideBySide, bits_of, mib_of
+from lightning_modules.side_by_side import SideBySide, bits_of, check_positions, listed, mib_of
 from qat.atomic import replaced_file
 from qat.errors import InputError
 
@@ -54,13 +54,14 @@ def _run(cfg: DictConfig) -> None:
 
 def _row(cfg: DictConfig, loaded: LoadedModel, reference: LoadedModel | None, text: Text) -> Row:
     """Every figure of one model."""
+    check_positions(loaded, cfg.window, "set a smaller window.")
     packed = loaded is not reference
     compared = reference.model if packed and reference is not None else None
     how = cfg.window, cfg.stride, cfg.batch_size
     row: Row = {"model": loaded.name} | evaluate(loaded.model, text, *how, compared, loaded.name)._asdict()
     row |= {"bits_per_weight": bits_of(loaded, packed), "mib": mib_of(loaded, packed)}
-    if cfg.tasks:
-        row["tasks"] = task_scores(loaded, list(cfg.tasks), cfg.task_folder, cfg.task_limit, cfg.batch_size)
+    if listed(cfg.tasks):
+        row["tasks"] = task_scores(loaded, listed(cfg.tasks), cfg.task_folder, cfg.task_limit, cfg.batch_size)
     return row
 
 
@@ -91,7 +92,7 @@ def _check(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], int) or cfg[key] < 1:
             raise InputError(f"{key} is {cfg[key]}; it is a whole number from 1 on.")
     list(windows(cfg.window, cfg.window, cfg.stride))
-    check_tasks(list(cfg.tasks), cfg.task_folder)
+    check_tasks(listed(cfg.tasks), cfg.task_folder, cfg.task_limit)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lightning_modules.cli import command
 from lightning_modules.models import LoadedModel
-from lightning_modules.side_by_side import SideBySide
+from lightning_modules.side_by_side import SideBySide, check_positions, listed
 from qat.errors import InputError
 
 
@@ -22,7 +22,9 @@ def main() -> None:
 
 def _run(cfg: DictConfig) -> None:
     _check(cfg)
-    prompts = [str(prompt) for prompt in (cfg.prompt if isinstance(cfg.prompt, ListConfig) else [cfg.prompt])]
+    prompts = listed(cfg.prompt)
+    if not prompts:
+        raise InputError("There is no prompt: give one, or several as ['...','...'].")
     models, console = SideBySide(cfg), Console()
     texts: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
     for loaded in models.all():
@@ -43,6 +45,8 @@ def continuation(loaded: LoadedModel, prompt: str, cfg: Any) -> str:
     tokenizer, model = loaded.tokenizer, loaded.model
     torch.manual_seed(cfg.seed)
     device = next(model.parameters()).device
+    if cfg.chat and tokenizer.chat_template is None:
+        raise InputError(f"{loaded.name} has no chat template: leave out chat=true.")
     if cfg.chat:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(
@@ -52,12 +56,14 @@ def continuation(loaded: LoadedModel, prompt: str, cfg: Any) -> str:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise InputError("The prompt has no tokens: give a text to go on with.")
+    check_positions(loaded, ids.shape[1] + cfg.max_new_tokens, "set a smaller max_new_tokens, or a shorter prompt.")
     drawn = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.temperature else {}
     written = model.generate(  # type: ignore[operator]
         ids.to(device),
         attention_mask=torch.ones_like(ids, device=device),
         max_new_tokens=cfg.max_new_tokens,
         do_sample=bool(cfg.temperature),
+        repetition_penalty=1.0,  # whatever the model's own settings say: it hides what quantization did
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **drawn,
     )
@@ -75,10 +81,12 @@ def _check(cfg: DictConfig) -> None:
         raise InputError(f"max_new_tokens is {cfg.max_new_tokens}; it is a whole number from 1 on.")
     if not isinstance(cfg.temperature, int | float) or cfg.temperature < 0:
         raise InputError(f"temperature is {cfg.temperature}; it is a number from 0 on.")
-    if not 0 < cfg.top_p <= 1:
+    if not isinstance(cfg.top_p, int | float) or not 0 < cfg.top_p <= 1:
         raise InputError(f"top_p is {cfg.top_p}; it lies above 0, up to 1.")
     if not isinstance(cfg.top_k, int) or cfg.top_k < 0:
         raise InputError(f"top_k is {cfg.top_k}; it is a whole number from 0 on, where 0 draws among all.")
+    if not cfg.temperature and (cfg.top_k or cfg.top_p < 1):
+        raise InputError("temperature is 0, so nothing is drawn: set it to 1 for top_p or top_k.")
 
 
 if __name__ == "__main__":

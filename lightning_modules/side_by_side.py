@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lightning_modules.models import LoadedModel
 from qat import load
 from qat.errors import InputError
-from qat.export.artifact import bits_per_weight
+from qat.export.artifact import bits_per_weight, check_artifact
 
 _ACCELERATORS = ("auto", "cpu")
 
@@ -30,7 +30,12 @@ class SideBySide:
     def __init__(self, cfg: DictConfig) -> None:
         if cfg.accelerator not in _ACCELERATORS:
             raise InputError(f"accelerator is '{cfg.accelerator}': choose auto or cpu.")
-        self._cfg, self.folders = cfg, _listed(cfg.artifact)
+        for key, least in (("seed", 0), ("threads", 1)):
+            if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < least):
+                raise InputError(f"{key} is {cfg[key]}; it is a whole number from {least} on.")
+        self._cfg, self.folders = cfg, [str(Path(folder).expanduser()) for folder in listed(cfg.artifact)]
+        for folder in self.folders:
+            check_artifact(folder)
         if not self.folders and not cfg.reference:
             raise InputError("There is no model: give artifact=FOLDER, which a run exported, or reference=true.")
         OmegaConf.resolve(cfg)
@@ -71,9 +76,21 @@ def mib_of(loaded: LoadedModel, packed: bool) -> float:
     return size / 2**20
 
 
-def _listed(chosen: Any) -> list[str]:
+def listed(chosen: Any) -> list[str]:
+    """An option that may be null, a word, or a list of words."""
     found = list(chosen) if isinstance(chosen, ListConfig) else [] if chosen is None else [chosen]
-    return [str(Path(folder).expanduser()) for folder in found]
+    return [str(word) for word in found]
+
+
+def check_positions(loaded: LoadedModel, tokens: int, mend: str) -> None:
+    """Refuse to read more tokens at once than a model has positions for.
+
+    Raises:
+        InputError: if so.
+    """
+    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise InputError(f"{loaded.name} knows {positions} positions, not {tokens}: {mend}")
 
 
 def _tokenizer(folder: str) -> Any:

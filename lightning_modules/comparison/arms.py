@@ -9,7 +9,10 @@ FULL = "fp"
 # Options that are the comparison's, or that each arm has of its own.
 _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_path", "paths.output_dir", "title")
 # Options that say how to quantize, which an arm in full precision does not.
-_OF_THE_SCHEME = ("scheme", "quantizer@", "kv@", "transforms", "distill", "callbacks.smooth_start", "callbacks.soft")
+_OF_THE_SCHEME = (
+    *("scheme", "quantizer@", "kv@", "transforms", "distill"),
+    *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh"),
+)
 
 
 class Arm(NamedTuple):
@@ -23,7 +26,7 @@ class Arm(NamedTuple):
     options: list[str]
 
 
-def trained_arms(given: Sequence[str], arms: Mapping[str, Any], seed: int) -> list[Arm]:
+def trained_arms(given: Sequence[str], arms: Mapping[str, Any] | None, seed: int) -> list[Arm]:
     """Runs that train with quantization, from the options `given` to the comparison and those of each arm."""
     return [Arm(name, [*_without(given), f"seed={seed}", *options]) for name, options in chosen(arms).items()]
 
@@ -33,21 +36,22 @@ def full_precision(given: Sequence[str], seed: int) -> Arm:
     return Arm(FULL, [*_without(given, *_OF_THE_SCHEME), f"seed={seed}", "method=fp"])
 
 
-def rounded_arms(given: Sequence[str], arms: Mapping[str, Any], seed: int, model: Sequence[str]) -> list[Arm]:
+def rounded_arms(given: Sequence[str], arms: Mapping[str, Any] | None, seed: int, model: Sequence[str]) -> list[Arm]:
     """Runs that quantize what the run in full precision trained, which the options `model` load."""
-    kept = _without(given, "model", "transforms", "distill")
+    # What it loads is pruned already, and is not trained.
+    kept = _without(given, "model", "transforms", "prune", "distill")
     return [
         Arm(name, [*kept, f"seed={seed}", *model, *options, "method=ptq"]) for name, options in chosen(arms).items()
     ]
 
 
-def chosen(arms: Mapping[str, Any]) -> dict[str, list[str]]:
+def chosen(arms: Mapping[str, Any] | None) -> dict[str, list[str]]:
     """The arms that are not set to null.
 
     Raises:
         InputError: if one is called as the run in full precision is, or its options are no list.
     """
-    found = {name: options for name, options in arms.items() if options is not None}
+    found = {name: options for name, options in (arms or {}).items() if options is not None}
     for name, options in found.items():
         if name == FULL:
             raise InputError(f"An arm cannot be called '{FULL}', which is the run in full precision.")

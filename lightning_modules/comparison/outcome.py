@@ -28,17 +28,21 @@ class Outcome(NamedTuple):
         """The post-training quantization with the least mean perplexity; None where there is none."""
         return min(self.rounded, key=lambda name: mean(self.rounded[name]), default=None)
 
-    def recovered(self, name: str) -> list[float] | None:
-        """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp) of every seed: 1 is full precision, 0 the best of rounding.
+    def recovered(self, name: str) -> float | None:
+        """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp) of the means over seeds: 1 is full precision, 0 the best of rounding.
 
-        None where there is nothing to recover, since rounding loses nothing.
+        None where there is nothing to recover, since rounding loses nothing on the whole.
         """
         if self.best is None:
             return None
-        triples = list(zip(self.rounded[self.best], self.trained[name], self.full, strict=True))
-        if any(rounded <= full for rounded, _, full in triples):
-            return None
-        return [(rounded - own) / (rounded - full) for rounded, own, full in triples]
+        return _share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
+
+    def recovered_by_seed(self, name: str) -> list[float]:
+        """The same of every seed in which the best rounding loses something."""
+        if self.best is None:
+            return []
+        triples = zip(self.rounded[self.best], self.trained[name], self.full, strict=True)
+        return [share for triple in triples if (share := _share(*triple)) is not None]
 
     def wins(self, name: str) -> int:
         """In how many seeds the trained arm is better than every rounded one."""
@@ -46,22 +50,34 @@ class Outcome(NamedTuple):
         return sum(own < other for own, other in zip(self.trained[name], best, strict=True))
 
 
+def _share(rounded: float, own: float, full: float) -> float | None:
+    return None if rounded <= full else (rounded - own) / (rounded - full)
+
+
 def verdict(outcome: Outcome, name: str) -> str:
     """One sentence on one trained arm, whichever way it went."""
     best, seeds = outcome.best, len(outcome.full)
     if best is None:
         return f"{name} was compared with no post-training quantization."
-    wins, recovered = outcome.wins(name), outcome.recovered(name)
+    wins = outcome.wins(name)
     of_seeds = "with this seed" if seeds == 1 else f"in {wins} of {seeds} seeds"
-    if recovered is None:
-        return f"{best} loses nothing against full precision here: there is nothing for {name} to recover."
-    share = f"{mean(recovered):.0%}" + (f" ({min(recovered):.0%} to {max(recovered):.0%})" if seeds > 1 else "")
+    every = "every post-training quantization" if len(outcome.rounded) > 1 else best
     if wins == seeds:
-        every = "every post-training quantization" if len(outcome.rounded) > 1 else best
-        return f"{name} beats {every} {of_seeds}: it recovers {share} of what {best} loses."
-    if wins:
-        return f"{name} beats post-training quantization only {of_seeds}: it recovers {share} of what {best} loses."
-    return f"{name} does NOT beat post-training quantization: against {best} it recovers {share}."
+        who = f"{name} beats {every} {of_seeds}"
+    elif wins:
+        who = f"{name} beats {every} only {of_seeds}"
+    else:
+        who = f"{name} does NOT beat post-training quantization"
+    return f"{who}: {_recovery(outcome, name, str(best))}."
+
+
+def _recovery(outcome: Outcome, name: str, best: str) -> str:
+    recovered, each = outcome.recovered(name), outcome.recovered_by_seed(name)
+    if recovered is None:
+        return f"{best} loses nothing against full precision here, so there is nothing to recover"
+    spans = len(outcome.full) > 1 and len(each) == len(outcome.full)
+    span = f" ({min(each):.0%} to {max(each):.0%})" if spans else ""
+    return f"it recovers {recovered:.0%}{span} of what {best} loses"
 
 
 def table_of(outcome: Outcome, title: str) -> Table:
@@ -77,7 +93,7 @@ def table_of(outcome: Outcome, title: str) -> Table:
         ratio = mean(own / full for own, full in zip(values, outcome.full, strict=True))
         recovered = outcome.recovered(name) if name in outcome.trained else None
         shown = name if name not in outcome.rounded else f"{name} of it"
-        share = "" if recovered is None else f"{mean(recovered):.0%}"
+        share = "" if recovered is None else f"{recovered:.0%}"
         table.add_row(shown, f"{mean(values):.2f}", spread(values), f"{ratio:.3f}", share)
     return table
 

@@ -50,6 +50,7 @@ class Comparison:
     def run(self) -> float:
         """The mean perplexity of the first trained arm, which is what a sweeper minimises."""
         seeds = list(self._options.seeds)
+        self._try_arms(seeds[0])
         for seed in seeds:
             self._run_seed(seed)
         outcome = self._outcome(seeds)
@@ -64,33 +65,76 @@ class Comparison:
     def _path(self) -> Path:
         return self._folder / "comparison.json"
 
+    def _try_arms(self, seed: int) -> None:
+        """Compose every arm, so that a mistake in the last one is found before the first one runs."""
+        for arm in [full_precision(self._given, seed), *self._later_arms(seed, ["model=hf", "model.name=later"])]:
+            with _composed(arm.options):
+                pass
+
+    def refuse_changes(self) -> None:
+        """Refuse to go on with other options than those of the runs that are done.
+
+        Raises:
+            InputError: if so.
+        """
+        for seed in self._options.seeds:
+            full = full_precision(self._given, seed)
+            if _key(full, seed) not in self._found:
+                continue
+            for arm in [full, *self._later_arms(seed, self._loading(full, seed))]:
+                key = _key(arm, seed)
+                before = self._found.get(key, {}).get("options", arm.options)
+                if before != arm.options:
+                    changed = ", ".join(sorted(set(before) ^ set(arm.options)))
+                    raise InputError(
+                        f"The run {key} was done with other options ({changed}): resume without changing them, or "
+                        "choose another hydra.run.dir."
+                    )
+
     def _run_seed(self, seed: int) -> None:
-        model = self._run_arm(full_precision(self._given, seed), seed)
-        for arm in rounded_arms(self._given, self._options.rounded, seed, model):
-            self._run_arm(arm, seed)
-        for arm in trained_arms(self._given, self._options.trained, seed):
+        full = full_precision(self._given, seed)
+        self._run_arm(full, seed)
+        for arm in self._later_arms(seed, self._loading(full, seed)):
             self._run_arm(arm, seed)
 
-    def _run_arm(self, arm: Arm, seed: int) -> list[str]:
-        """Run `arm`, unless that was done; the options that load the model it leaves."""
-        key, folder = f"{arm.name}-{seed}", self._folder / f"{arm.name}-{seed}"
-        if key not in self._found:
-            self._say(f"--- {arm.name}, seed {seed}")
-            with _composed([*arm.options, *_resuming(folder)]) as cfg:
-                job = Job(cfg)
-                rows = job.run()
-                attention = job.model.config._attn_implementation
-                if arm.name == FULL:
-                    job.save_plain(folder / _PLAIN)
-            del job
-            gc.collect()
-            last = list(rows.values())[-1]["perplexity"]
-            self._keep(key, perplexity=last, before=rows[BEFORE]["perplexity"], attention=attention)
-        attention = self._found[key]["attention"]
-        dtype = [option for option in arm.options if option.startswith("model.dtype=")]
-        return ["model=hf", f"model.name='{folder / _PLAIN}'", f"model.attention={attention}", *dtype]
+    def _later_arms(self, seed: int, model: Sequence[str]) -> list[Arm]:
+        """All but the run in full precision, which the options `model` load."""
+        rounded = rounded_arms(self._given, self._options.rounded, seed, model)
+        return rounded + trained_arms(self._given, self._options.trained, seed)
 
-    def _keep(self, key: str, **figures: Any) -> None:
+    def _loading(self, full: Arm, seed: int) -> list[str]:
+        """The options that load what the run in full precision left."""
+        attention = self._found[_key(full, seed)]["attention"]
+        dtype = [option for option in full.options if option.startswith("model.dtype=")]
+        return [
+            "model=hf",
+            f"model.name='{self._folder_of(full, seed) / _PLAIN}'",
+            f"model.attention={attention}",
+            *dtype,
+        ]
+
+    def _folder_of(self, arm: Arm, seed: int) -> Path:
+        return self._folder / _key(arm, seed)
+
+    def _run_arm(self, arm: Arm, seed: int) -> None:
+        """Run `arm`, unless that was done."""
+        if _key(arm, seed) in self._found:
+            return
+        folder = self._folder_of(arm, seed)
+        self._say(f"--- {arm.name}, seed {seed}")
+        with _composed([*arm.options, *_resuming(folder)]) as cfg:
+            job = Job(cfg)
+            rows = job.run()
+            attention = job.model.config._attn_implementation
+            if arm.name == FULL:
+                job.save_plain(folder / _PLAIN)
+        del job
+        gc.collect()
+        last = list(rows.values())[-1]["perplexity"]
+        figures = {"perplexity": last, "before": rows[BEFORE]["perplexity"], "attention": attention}
+        self._keep(_key(arm, seed), figures | {"options": arm.options})
+
+    def _keep(self, key: str, figures: dict[str, Any]) -> None:
         self._found[key] = figures
         with replaced_file(self._path) as temporary:
             temporary.write_text(json.dumps({"title": self._title, "arms": self._found}, indent=1) + "\n")
@@ -105,6 +149,10 @@ class Comparison:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _key(arm: Arm, seed: int) -> str:
+    return f"{arm.name}-{seed}"
 
 
 @contextmanager
@@ -138,6 +186,12 @@ def _check(cfg: DictConfig) -> None:
         raise InputError(f"compare.seeds is {seeds}: it is a list of different whole numbers, [0,1,2].")
     if not chosen(options.trained):
         raise InputError("compare.trained has no arm: add 'compare.trained.qat=[\"method=qat\"]'.")
+    experiment = HydraConfig.get().runtime.choices.get("experiment")
+    if experiment is not None:
+        raise InputError(
+            f"experiment={experiment} would choose a scheme for the run in full precision too: give it to an arm, "
+            f"'compare.trained.qat=[\"experiment={experiment}\"]'."
+        )
     twice = set(chosen(options.trained)) & set(chosen(options.rounded))
     if twice:
         raise InputError(f"Two arms are called '{min(twice)}': rename one of them.")

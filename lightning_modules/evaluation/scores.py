@@ -12,6 +12,9 @@ from lightning_modules.data.windows import IGNORED
 from lightning_modules.evaluation.text import Text, batches, labels_of, windows
 from qat.errors import InputError
 
+# Whose exponential a float still holds.
+_MOST_NATS = 700
+
 
 class Scores(NamedTuple):
     """Means over the predicted tokens of a text.
@@ -72,7 +75,8 @@ def evaluate(
         raise InputError("No token of the evaluation text is learned: its chats hold no answer of an assistant.")
     if not math.isfinite(nll):
         raise InputError("The model predicts NaN or infinity on this text.")
-    own = Scores(int(tokens), math.exp(nll / tokens), right / tokens, None, None)
+    perplexity = math.exp(nll / tokens) if nll / tokens < _MOST_NATS else math.inf
+    own = Scores(int(tokens), perplexity, right / tokens, None, None)
     return own if reference is None else own._replace(kl=divergence / tokens, agreement=alike / tokens)
 
 

@@ -95,7 +95,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
             architecture.
     """
     folder = Path(folder)
-    recover(folder)
+    check_artifact(folder)
     config = _read_config(folder)
     if _sha256(folder / _WEIGHTS) != config["sha256"]:
         raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
@@ -226,10 +226,19 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str])
             setattr(owner, leaf, tensors[source])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def check_artifact(folder: str | Path) -> None:
+    """Refuse a folder that `save` did not write, without reading it.
+
+    Raises:
+        InputError: if so.
+    """
+    recover(Path(folder))
     for name in (_CONFIG, _WEIGHTS):
-        if not (folder / name).is_file():
+        if not (Path(folder) / name).is_file():
             raise InputError(f"{folder} is not an artifact of this project: it has no {name}.")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
         version = config["format_version"]

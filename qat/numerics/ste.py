@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def straight_through(v: Tensor, v_hat: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ class _Exp2ToStorage(torch.autograd.Function):
         return _nearest(exact, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (exact,) = ctx.saved_tensors
         return grad * exact * ctx.slope, None, None

@@ -161,8 +161,11 @@ def test_an_artifact_alone_brings_its_own_tokenizer(artifact, options, tmp_path)
         ("batch_size=0", "batch_size is 0"),
         ("reference=false", "There is no model"),
         ("accelerator=tpu", "accelerator is 'tpu'"),
-        ("task_folder=nowhere", "no such folder"),
-        ("artifact=nowhere", "nowhere"),
+        ("task_folder=nowhere", "there is none: add tasks"),
+        ("artifact=nowhere", "nowhere is not an artifact"),
+        ("window=128", "knows 64 positions, not 128"),
+        ("seed=-1", "seed is -1"),
+        ("threads=0", "threads is 0"),
     ],
 )
 def test_mistakes_are_named(changed, message, options, tmp_path):
@@ -174,8 +177,8 @@ def test_mistakes_are_named(changed, message, options, tmp_path):
 def test_tasks_need_their_library(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"lightning-qat\[eval\]"):
-        check_tasks(["arc_easy"], None)
-    check_tasks([], None)
+        check_tasks(["arc_easy"], None, None)
+    check_tasks([], None, None)
 
 
 def test_tasks_by_their_own_library(tmp_path):
@@ -190,8 +193,9 @@ def test_tasks_by_their_own_library(tmp_path):
     loaded = LoadedModel(tiny_llama().eval(), tiny_tokenizer(), "tiny")
     found = task_scores(loaded, ["letters"], str(tmp_path), None, 1)
     assert found in ({"letters acc": 0.0}, {"letters acc": 1.0})
-    with pytest.raises(InputError, match="There is no task 'leters'"):
-        task_scores(loaded, ["leters"], str(tmp_path), None, 1)
+    check_tasks(["letters"], str(tmp_path), None)
+    with pytest.raises(InputError, match=r"There is no task 'leters'\. Did you mean 'letters'"):
+        check_tasks(["leters"], str(tmp_path), None)
 
 
 def test_models_go_on_with_prompts_side_by_side(artifact, tiny_folder, tmp_path, capsys):
@@ -221,7 +225,26 @@ def test_a_continuation_is_what_the_model_generates(tmp_path):
         generate_command.continuation(loaded, "", cfg)
 
 
-@pytest.mark.parametrize("changed", ["max_new_tokens=0", "temperature=-1", "top_p=0", "top_k=-1"])
+@pytest.mark.parametrize(
+    "changed", ["max_new_tokens=0", "temperature=-1", "top_p=0", "top_p=much", "top_k=-1", "prompt=[]", "seed=-1"]
+)
 def test_impossible_draws_are_refused(changed, tmp_path):
     with pytest.raises(InputError, match=changed.partition("=")[0]):
         generate_command._run(composed("generate", tmp_path, "prompt=a", changed))
+
+
+def test_what_would_be_ignored_or_does_not_fit_is_refused(artifact, tmp_path):
+    alone = (f"artifact={artifact}", "reference=false", "prompt=abc")
+    for changed, message in (
+        (["top_k=3"], "temperature is 0"),
+        (["max_new_tokens=62"], "knows 64 positions, not 65"),
+        (["chat=true"], "has no chat template"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate_command._run(composed("generate", tmp_path, *alone, *changed))
+
+
+def test_a_broken_model_has_an_infinite_perplexity():
+    model = tiny_llama().eval()
+    model.model.norm.weight.data *= 1e6
+    assert evaluate(model, text_of(64), 32, 32).perplexity == math.inf

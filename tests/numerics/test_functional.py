@@ -8,7 +8,7 @@ from qat.numerics.formats import CodebookFormat, IntFormat
 from qat.numerics.functional import fake_quantize, quantize
 from qat.numerics.granularity import PerChannel, PerGroup
 from qat.numerics.qtensor import QParams, scale_down
-from qat.numerics.ste import round_to_storage, round_up_to_storage, straight_through
+from qat.numerics.ste import exp2_to_storage, round_to_storage, round_up_to_storage, straight_through
 
 
 def close(actual, expected):
@@ -58,6 +58,17 @@ def test_scales_are_rounded_up_to_storage(dtype):
     assert (rounded <= scale * (1 + torch.finfo(dtype).eps)).all()
     assert torch.equal(rounded.to(dtype).float(), rounded)
     assert torch.equal(round_to_storage(rounded, dtype), rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_stored_powers_of_two_are_those_of_the_definition(dtype):
+    exponent, g = (2 * torch.randn(1000)).requires_grad_(), torch.randn(1000)
+    found = exp2_to_storage(exponent, dtype, 0.25)
+    (gradient,) = torch.autograd.grad(found, exponent, g)
+    expected = round_to_storage(torch.exp2(exponent), dtype)
+    (of_definition,) = torch.autograd.grad(expected, exponent, g)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(gradient, of_definition * 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
