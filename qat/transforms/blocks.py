@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from qat.errors import InputError
@@ -21,6 +20,9 @@ from qat.transforms.broken import MADE_NAN, broken_module
 from qat.transforms.finished import Finished, fingerprint
 from qat.transforms.layers import quant_layers
 from qat.transforms.plain import full_precision
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _NO_BLOCKS = (
     "{kind} has no list of blocks (an nn.ModuleList, such as model.layers) with quantized layers in it, which this "
@@ -245,7 +247,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def progress_bar() -> Progress:
+def progress_bar() -> "Progress":
     """Shows how many of how many are done, and the time that remains."""
+    # Only now: it takes as long to import as all of this package.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, transient=True)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -37,6 +36,8 @@ def learned_rotation(model: nn.Module, stream: Stream, batches: Iterable[Any], s
     Raises:
         InputError: if steps or the rate are not positive, nothing is quantized, or there are no batches with labels.
     """
+    from rich.progress import track  # only now: it takes as long to import as all of this package
+
     batches = list(batches)
     _check(model, batches, steps, rate)
     matrix = torch.eye(stream.size, device=next(model.parameters()).device)
