@@ -45,29 +45,29 @@ def main() -> None:
     """Entry point of `python train.py` and `qat-train`."""
     quiet()
     exit_on_signals()
-    reporting(_compose_and_run)
+    reporting(_train)
 
 
 def command(config: str, run: Callable[[DictConfig], None]) -> None:
     """Entry point of a command beside training: `run` gets what `configs/<config>.yaml` and the arguments compose."""
-
-    def compose() -> None:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # as for training
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config)(task)()
 
     def task(cfg: DictConfig) -> None:
         reporting(lambda: run(cfg))
 
     quiet()
     exit_on_signals()
-    reporting(compose)
+    reporting(lambda: _compose(config, task))
 
 
-def _compose_and_run() -> None:
+def _train() -> None:
+    sys.argv[1:] = _flags_first(resumed_arguments(sys.argv[1:]))
+    _compose("train", _task)
+
+
+def _compose(config: str, task: Callable[[DictConfig], Any]) -> None:
     # Hydra then raises what goes wrong while composing, instead of printing it, and `_explain` words the message.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = _flags_first(resumed_arguments(sys.argv[1:]))
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(_task)()
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config)(task)()
 
 
 def _flags_first(arguments: list[str]) -> list[str]:
@@ -128,9 +128,13 @@ def _task(cfg: DictConfig) -> float:
 def _refuse_changes(cfg: DictConfig) -> None:
     """Refuse a comparison that goes on with other options, before they are written to its folder."""
     if cfg.resumed and cfg.get("compare"):
-        from lightning_modules.comparison import Comparison
+        _comparison(cfg).refuse_changes()
 
-        Comparison(cfg, HydraConfig.get().overrides.task).refuse_changes()
+
+def _comparison(cfg: DictConfig) -> Any:
+    from lightning_modules.comparison import Comparison
+
+    return Comparison(cfg, HydraConfig.get().overrides.task)
 
 
 def _claim(cfg: DictConfig) -> None:
@@ -164,7 +168,6 @@ def _run(cfg: DictConfig) -> float:
 def _job(cfg: DictConfig) -> float:
     from lightning_modules.callbacks import Stopped
     from lightning_modules.choices import check_choices
-    from lightning_modules.comparison import Comparison
     from lightning_modules.pipeline import Job
 
     # Only now: Lightning sets its level as it is imported.
@@ -174,7 +177,7 @@ def _job(cfg: DictConfig) -> float:
     OmegaConf.resolve(cfg)
     try:
         if cfg.get("compare"):
-            return Comparison(cfg, HydraConfig.get().overrides.task).run()
+            return float(_comparison(cfg).run())
         rows = Job(cfg).run()
     except Stopped as stopped:
         print(f"\n{stopped}", flush=True)

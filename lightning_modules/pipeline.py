@@ -27,6 +27,7 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.models import LoadedModel, load_hf
 from lightning_modules.report import Report, plot_training
+from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes
 from qat import convert, load, prepare
 from qat.atomic import replaced_folder
 from qat.errors import InputError
@@ -43,7 +44,6 @@ TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "c
 SAVED = "saved, loaded"
 # Transforms that choose a grid, on which weights are then rounded to nearest.
 _ONLY_FIT = ("calibrate", "fisher", "hessian")
-_MIB = 2**20
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -102,7 +102,7 @@ class Job:
         parameters = sum(p.numel() for p in self.model.parameters())
         self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
-        self._measure(FULL, _bytes(self.model))
+        self._measure(FULL, parameter_bytes(self.model))
         self._teach()
         self._shrink()
         self._prepare()
@@ -142,12 +142,12 @@ class Job:
         if self.report.has(row, step):
             return
         model = self.module.model
-        bits = bits_per_weight(model) if quantizes_weights(model) else _full_bits(model)
+        bits = bits_per_weight(model) if quantizes_weights(model) else full_bits(model)
         self.trainer.validate(self.module, datamodule=self.data, verbose=False, weights_only=True)
         if "val/perplexity" not in self.trainer.callback_metrics:
             raise InputError("Nothing was evaluated: set trainer.limit_val_batches to 1.0 or a number of batches.")
         perplexity = float(self.trainer.callback_metrics["val/perplexity"])
-        mib = None if size is None else size / _MIB
+        mib = None if size is None else size / MIB
         if not math.isfinite(perplexity) and row in (TRAINED, TUNED):
             raise InputError(
                 f"The perplexity is {perplexity} after training, which therefore diverged: nothing was exported. Lower "
@@ -205,7 +205,7 @@ class Job:
             for prune in prunes.values():
                 prune(self.model, self._calibration_batches())
             self.save_plain(folder)
-        self._measure(SMALLER, _bytes(self.model))
+        self._measure(SMALLER, parameter_bytes(self.model))
 
     def save_plain(self, folder: Path) -> None:
         """Write the model as transformers does."""
@@ -269,7 +269,7 @@ class Job:
             self._once(partial(write, self.model, folder, tokenizer=self.loaded.tokenizer))
             self.module.model = load(folder, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
             check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
-            size = sum(file.stat().st_size for file in folder.iterdir())
+            size = folder_bytes(folder)
             self._measure(SHIPPED, size)
             self._say(f"{folder}: the same logits as the trained model")
 
@@ -282,7 +282,7 @@ class Job:
         self.save_plain(folder)
         self.module.model = self._reloaded(folder)
         check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
-        self._measure(SAVED, sum(file.stat().st_size for file in folder.iterdir()))
+        self._measure(SAVED, folder_bytes(folder))
         self._say(f"{folder}: pruned, in full precision; quantize it by model=hf model.name={folder}")
 
     def _discard_blocks(self) -> None:
@@ -336,14 +336,6 @@ def _emulates_fp8(model: nn.Module, device: torch.device) -> bool:
         name = torch.cuda.get_device_name(device)
         raise InputError(f"{name} has no fp8 instructions: set scheme=w8a8g8 (int8), or scheme.compute=fake.")
     return device.type == "cpu"
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _full_bits(model: nn.Module) -> float:
-    return 8.0 * next(model.parameters()).element_size()
 
 
 def _loggers(cfg: DictConfig) -> list[Logger]:

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_modules.models import LoadedModel
+from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes
 from qat import load
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight, check_artifact
@@ -64,16 +65,12 @@ class SideBySide:
 
 def bits_of(loaded: LoadedModel, packed: bool) -> float:
     """Bits per quantized weight of an artifact; of a model in full precision, those of its dtype."""
-    return bits_per_weight(loaded.model) if packed else 8.0 * next(loaded.model.parameters()).element_size()
+    return bits_per_weight(loaded.model) if packed else full_bits(loaded.model)
 
 
 def mib_of(loaded: LoadedModel, packed: bool) -> float:
     """What an artifact takes on disk; a model in full precision, its parameters."""
-    if packed:
-        size = sum(file.stat().st_size for file in Path(loaded.name).iterdir())
-    else:
-        size = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
-    return size / 2**20
+    return (folder_bytes(loaded.name) if packed else parameter_bytes(loaded.model)) / MIB
 
 
 def listed(chosen: Any) -> list[str]:

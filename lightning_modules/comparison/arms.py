@@ -10,7 +10,7 @@ FULL = "fp"
 _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_path", "paths.output_dir", "title")
 # Options that say how to quantize, which an arm in full precision does not.
 _OF_THE_SCHEME = (
-    *("scheme", "quantizer@", "kv@", "transforms", "distill"),
+    *("scheme", "quantizer", "kv", "transforms", "distill"),
     *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh"),
 )
 
@@ -69,8 +69,4 @@ def _without(given: Sequence[str], *groups: str) -> list[str]:
 def _is_of(option: str, groups: Sequence[str]) -> bool:
     """Whether `option` chooses one of `groups` or something within it."""
     key = option.lstrip("+~").partition("=")[0]
-    return any(key == group or key.startswith((f"{group}.", f"{group}@")) or _starts(key, group) for group in groups)
-
-
-def _starts(key: str, group: str) -> bool:
-    return group.endswith("@") and key.startswith(group)
+    return any(key == group or key.startswith((f"{group}.", f"{group}@")) for group in groups)
