@@ -135,7 +135,7 @@ def _check(arm: str, way: Arm, x: Tensor, weight: Tensor, targets: Tensor) -> fl
     """Relative error of the gradients against float32, on some of the tokens.
 
     Raises:
-        AssertionError: if it is beyond what 16 bits explain.
+        AssertionError: if it is beyond what 16 bits explain, and what CCE leaves out (softmax below 2^-12).
     """
     some = x.detach()[:1024].requires_grad_()
     exact = [leaf.detach().float().requires_grad_() for leaf in (some, weight)]
@@ -145,7 +145,7 @@ def _check(arm: str, way: Arm, x: Tensor, weight: Tensor, targets: Tensor) -> fl
         float((own.grad.float() - e.grad).norm() / e.grad.norm()) for own, e in zip((some, weight), exact, strict=True)
     ]
     assert abs(float(loss - expected)) < 1e-2 * float(expected), arm
-    assert max(errors) < 2e-2, (arm, errors)
+    assert max(errors) < (5e-2 if arm == "cce" else 2e-2), (arm, errors)
     return max(errors)
 
 

@@ -192,6 +192,23 @@ def train_step(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def low_bit_step(rows: Rows) -> str:
+    """The share of the products of codes, and of everything they need, of the products in bf16."""
+    products = ("forward", "dgrad", "wgrad")
+    lines = [
+        _line("model", "layer", "codes", *products, "all three, with what they need"),
+        _line(*["---"] * 3, *["--:"] * 4),
+    ]
+    layers: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["part"] in ("product", "all") and row["share"] is not None:
+            of = row["model"], _times([row["in"], row["out"]]), row["compute"]
+            layers.setdefault(of, {})[row["serves"]] = row["share"]
+    for of, shares in layers.items():
+        lines.append(_line(*of, *(f"{shares[part]:.2f}" for part in (*products, "all"))))
+    return "\n".join(lines)
+
+
 def loss_curve(rows: Rows) -> str:
     """How far apart the losses of kernels and references are."""
     lines = [_line("", "steps", "last loss", "largest difference", "mean", "another order"), _line("---", *["--:"] * 5)]
@@ -254,6 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kmeans_1b": _of("kmeans_1b", kmeans_1b),
     "fake_quantize": _of("fake_quantize", fake_quantize),
     "train_step": _of("train_step", train_step),
+    "low_bit_step": _of("low_bit_step", low_bit_step),
     "loss_curve": _of("loss_curve", loss_curve),
     "loss_products": _of("loss_products", loss_products),
     "loss": _of("loss", loss),

@@ -16,7 +16,8 @@ extremes (torchao's activations with a zero point, because it has no others).
 `ours-w4a8-lsq` learns its scales, in groups of 64; `ours-kmeans4-row` learns a codebook of 16 entries for every row of
 every weight. `ours-w8a8` has 8 bits and a scale for every row and token, fake-quantized; `-int8` and `-fp8` multiply
 their codes in the forward pass, and `ours-w8a8g8-...` in all three products, with gradients rounded at random. Each arm
-is a process of its own; its first loss is compared with that of the references.
+is a process of its own; its first loss is compared with that of the references. `tokens_per_s` is the median of three
+windows of four steps.
 `quantize_share` is what our kernels take of the time that a step keeps the GPU busy. Memory is what tensors took at
 most; of CUDA graphs what was reserved, since their tensors are not counted.
 """
@@ -25,7 +26,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from benchmarks.kmeans_1b import LARGE, TINY, now, peak_gib
-from benchmarks.record import commit, record
+from benchmarks.record import commit, device, record
 from lightning_modules.causal_lm import parameter_groups
 from lightning_modules.compilation import CompiledBlocks
 from lightning_modules.loss import LOSSES, HeadLoss, head_loss
@@ -69,6 +70,7 @@ ARMS = (REFERENCE, *SCHEMES, "torchao-w4a8")
 EIGHT = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "vocab_size": 128256}
 EIGHT |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 _WARM_UP = 4
+_WINDOW = 4
 _KERNELS = ("_fake_quantize", "_row_codes", "_gradient_", "_transposed_codes")
 
 
@@ -126,13 +128,14 @@ def main() -> None:
     shapes = list(TOYS) if options.tiny else options.shapes
     kinds = [(shape, backend) for shape in shapes for backend in (TOYS | SHAPES)[shape].arms]
     cases = [Case(arm, backend, shape) for shape, backend in kinds for arm in arms_of(shape, backend, options.arms)]
-    found = dict(zip(cases, measured(cases, options.work, options.steps, options.loss), strict=True))
-    rows = [row_of(case, found) for case in cases]
-    print(*rows, sep="\n")
-    if not options.tiny:
-        command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
-        command += f" --loss {options.loss}" + (f" --arms {' '.join(options.arms)}" if options.arms else "")
-        record("train_step", command, rows, ("torchao", "triton"))
+    command = f"python -m benchmarks.train_step --shapes {' '.join(shapes)} --steps {options.steps}"
+    command += f" --loss {options.loss}" + (f" --arms {' '.join(options.arms)}" if options.arms else "")
+    found: dict[Case, Measured] = {}
+    for case, figures in measured(cases, options.work, options.steps, options.loss):
+        found[case] = figures
+        print(row_of(case, found), flush=True)
+        if not options.tiny:
+            record("train_step", command, [row_of(case, found) for case in found], ("torchao", "triton"))
 
 
 def arms_of(shape: str, backend: str, only: Sequence[str] | None) -> list[str]:
@@ -151,17 +154,20 @@ def row_of(case: Case, found: dict[Case, Measured]) -> dict[str, Any]:
     return {"arm": case.arm, "model": case.shape} | how | {"reference": REFERENCE} | own | ratios
 
 
-def measured(cases: Sequence[Case], work: Path, steps: int, kind: str) -> list[Measured]:
-    """Every case in a process of its own, so that peak memory is its own; what `work` has of this commit stays."""
-    paths = [work / f"{'-'.join(case)}-{steps}-{kind}-{commit()}.json" for case in cases]
-    missing = [(case, path) for case, path in zip(cases, paths, strict=True) if not path.is_file()]
-    for (case, path), process in zip(missing, fresh_processes(len(missing)), strict=True):
-        with process:
-            found = process.submit(measure, *case, steps, kind).result()
-        with replaced_file(path) as temporary:
-            temporary.write_text(json.dumps(found))
-        print(*case, found, flush=True)
-    return [json.loads(path.read_text()) for path in paths]
+def measured(cases: Sequence[Case], work: Path, steps: int, kind: str) -> Iterator[tuple[Case, Measured]]:
+    """Every case in a process of its own, so that peak memory is its own; what `work` has of this commit stays.
+
+    A kind of blocks is measured on one kind of GPU only: what another left in `work` is not compared with.
+    """
+    gpu = device().replace(" ", "-")
+    paths = {case: work / f"{'-'.join(case)}-{steps}-{kind}-{commit()}-{gpu}.json" for case in cases}
+    missing = [case for case in cases if not paths[case].is_file()]
+    processes = dict(zip(missing, fresh_processes(len(missing)), strict=True))
+    for case, path in paths.items():
+        if case in processes:
+            with processes[case] as process, replaced_file(path) as temporary:
+                temporary.write_text(json.dumps(process.submit(measure, *case, steps, kind).result()))
+        yield case, json.loads(path.read_text())
 
 
 def fresh_processes(count: int) -> list[ProcessPoolExecutor]:
@@ -174,21 +180,21 @@ def fresh_processes(count: int) -> list[ProcessPoolExecutor]:
 def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") -> Measured:
     """Tokens a second and peak memory."""
     tiny, how = shape in TOYS, (TOYS | SHAPES)[shape]
-    device = torch.device("cpu" if tiny else "cuda")
+    place = torch.device("cpu" if tiny else "cuda")
     torch.manual_seed(0)
     config = LlamaConfig(**({"tie_word_embeddings": True} | how.sizes), max_position_embeddings=2048)
-    with device:
+    with place:
         model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     quantize(model, arm)
-    ids = torch.randint(config.vocab_size, how.batch, device=device)
+    ids = torch.randint(config.vocab_size, how.batch, device=place)
     loss_of = partial(loss, model, head_loss(model, kind), ids)
     with torch.no_grad():
-        first = float(loss_of())
+        own = float(loss_of())
         if arm in SCHEMES:
             with reference_kernels():
                 expected = float(loss_of())
-            if abs(first - expected) > 1e-3 * expected:
-                raise SystemExit(f"{arm}: the loss is {first}, that of the references {expected}.")
+            if abs(own - expected) > 1e-3 * expected:
+                raise SystemExit(f"{arm}: the loss is {own}, that of the references {expected}.")
     if how.frugal:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if backend != "eager":
@@ -202,16 +208,25 @@ def measure(arm: str, backend: str, shape: str, steps: int, kind: str = "auto") 
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = []
-    for count in range(steps + _WARM_UP):
-        if count == _WARM_UP and not tiny:
-            torch.cuda.reset_peak_memory_stats()
-        start = now(device)
+    start = now(place)
+    step()
+    first = now(place) - start
+    for _ in range(_WARM_UP - 1):
         step()
-        seconds.append(now(device) - start)
-    peak = torch.cuda.max_memory_reserved() / 2**30 if backend == "graphs" else peak_gib(device)
-    found = {"tokens_per_s": ids.numel() / statistics.median(seconds[_WARM_UP:]), "peak_gib": peak}
-    return found | {"first_step_s": seconds[0]} | ({} if tiny else {"quantize_share": quantize_share(step)})
+    if not tiny:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(_window(step, place) for _ in range(max(1, steps // _WINDOW)))
+    peak = torch.cuda.max_memory_reserved() / 2**30 if backend == "graphs" else peak_gib(place)
+    found = {"tokens_per_s": ids.numel() / seconds, "peak_gib": peak, "first_step_s": first}
+    return found | ({} if tiny else {"quantize_share": quantize_share(step)})
+
+
+def _window(step: Callable[[], None], place: torch.device) -> float:
+    """Seconds a step, where the host waits for the device after the last only, as a run that reads its loss late."""
+    start = now(place)
+    for _ in range(_WINDOW):
+        step()
+    return (now(place) - start) / _WINDOW
 
 
 def loss(model: nn.Module, head: HeadLoss | None, ids: Tensor) -> Tensor:
