@@ -142,6 +142,23 @@ def kmeans_1b(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def recovery(rows: Rows) -> str:
+    """What training recovers of what the best rounding loses, by scheme and text; peers beside it."""
+    headings = ("", "text", "full precision", "rounded, the best", "trained", "of full precision", "recovered", "peer")
+    lines = [_line(*headings), _line("---", "---", *["--:"] * 6)]
+    for row in rows:
+        best = f"{_shown(row['ppl_ptq'])} ({row['ptq_name']})"
+        share = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
+        if row["recovered_spread"] is not None:
+            share += f" ± {row['recovered_spread']:.0%}"
+        peer = ""
+        if row.get("peer_recovered") is not None:
+            peer = f"{row['peer_recovered']:.0%} ({row['peer_name']})"
+        figures = f"{row['ppl_fp']:.2f}", best, f"{row['ppl_qat']:.2f}", f"{row['ratio']:.3f}", share, peer
+        lines.append(_line(row["scheme"], row["text"], *figures))
+    return "\n".join(lines)
+
+
 def pruning(rows: Rows) -> str:
     """Perplexity, size and speed of every arm; the dense model's first."""
     headings = ("", "zeros or parts", "share gone", "weights", "perplexity", "bits per weight", "MiB", "µs a token")
@@ -275,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loss_curve": _of("loss_curve", loss_curve),
     "loss_products": _of("loss_products", loss_products),
     "loss": _of("loss", loss),
+    "recovery": _of("recovery", recovery),
     "pruning": _of("pruning", pruning),
     "ptq": _of("ptq", ptq),
 }

@@ -1,7 +1,7 @@
 """The language-modelling objective as a LightningModule."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation import Distillation
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
+from lightning_modules.freezing import freeze
 from lightning_modules.loss import HeadLoss, head_loss
 from qat.errors import InputError
 from qat.nn import QuantLayer
@@ -41,6 +42,7 @@ class CausalLMModule(pl.LightningModule):
             `cce`; `auto` is chunked wherever that computes what the model does.
         distill: the objective of training instead of the cross entropy alone, its teacher made already when a fit
             begins; None, or an empty mapping: none. Evaluation is the cross entropy in any case.
+        freeze: patterns of the names of parameters that do not train.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CausalLMModule(pl.LightningModule):
         cuda_graphs: bool = False,
         loss: str = "auto",
         distill: Distillation | Mapping[str, Any] | None = None,
+        freeze: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model.train()
@@ -69,9 +72,15 @@ class CausalLMModule(pl.LightningModule):
         self.codes: ModelStepCodes | None = None
         self.loss = loss
         self.distillation = distill if isinstance(distill, Distillation) else None
+        self.frozen = freeze
         self.head_loss: HeadLoss | None = None
         self.watch = FiniteWatch(late=False)
         self._nll = torch.zeros(2, dtype=torch.float64)
+
+    def setup(self, stage: str) -> None:
+        """Freeze what does not train, before parameters are shared out to processes and optimizers."""
+        if stage == "fit":
+            freeze(self.model, self.frozen)
 
     def on_fit_start(self) -> None:
         """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""

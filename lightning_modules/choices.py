@@ -28,12 +28,13 @@ def check_choices(cfg: DictConfig) -> None:
             f"method=grad_quant quantizes gradients, and scheme={choices.scheme} has no quantizer for them: add "
             "quantizer@scheme.grad=grad_token."
         )
-    if choices.method == "distill" and not cfg.distill:
+    teaches = "_target_" in cfg.distill  # a recipe's options of it may be left
+    if choices.method == "distill" and not teaches:
         raise InputError("method=distill needs something to aim at: leave out distill=none, or take method=qat.")
-    if cfg.distill and not cfg.fit:
+    if teaches and not cfg.fit:
         raise InputError(
-            f"distill={choices.distill} is an objective of training, and method={choices.method} does not train: take "
-            "method=distill."
+            f"distill={choices.distill} is an objective of training, and method={choices.method} does not train: add "
+            "distill=none, or take method=distill."
         )
     for term, (weight, kinds) in _TERMS_AGAINST.items():
         turned = [name for name in cfg.transforms if name in kinds]

@@ -68,7 +68,7 @@ class Comparison:
     def _try_arms(self, seed: int) -> None:
         """Compose every arm, so that a mistake in the last one is found before the first one runs."""
         for arm in [full_precision(self._given, seed), *self._later_arms(seed, ["model=hf", "model.name=later"])]:
-            with _composed(arm.options):
+            with composed(arm.options):
                 pass
 
     def refuse_changes(self) -> None:
@@ -122,7 +122,7 @@ class Comparison:
             return
         folder = self._folder_of(arm, seed)
         self._say(f"--- {arm.name}, seed {seed}")
-        with _composed([*arm.options, *_resuming(folder)]) as cfg:
+        with composed([*arm.options, *_resuming(folder)]) as cfg:
             job = Job(cfg)
             rows = job.run()
             attention = job.model.config._attn_implementation
@@ -156,7 +156,7 @@ def _key(arm: Arm, seed: int) -> str:
 
 
 @contextmanager
-def _composed(options: Sequence[str]) -> Iterator[DictConfig]:
+def composed(options: Sequence[str]) -> Iterator[DictConfig]:
     """What `options` compose, as if they had been given on the command line."""
     own = HydraConfig.instance().cfg
     cfg = compose("train", list(options), return_hydra_config=True)

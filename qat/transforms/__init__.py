@@ -12,6 +12,7 @@ from qat.transforms.layers import codebooks, is_quantized, quant_layers, quantiz
 from qat.transforms.neighbours import Fold, fold_scale_, neighbours
 from qat.transforms.prepare import prepare
 from qat.transforms.prune import magnitude, sparsegpt, wanda
+from qat.transforms.reconstruct import reconstruct
 from qat.transforms.rules import KVCache, Rule, Scheme
 from qat.transforms.shard import shard
 from qat.transforms.smoothquant import smoothquant
@@ -39,6 +40,7 @@ __all__ = [
     "prepare",
     "quant_layers",
     "quantizes_weights",
+    "reconstruct",
     "restructure",
     "rotate",
     "shard",

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.errors import InputError, nearest
 from qat.options import require_whole, require_within
+from qat.transforms.block_error import Drawn, block_error, gradients
 from qat.transforms.blocks import Block, walk
 from qat.transforms.build import found_at
 from qat.transforms.gptq import fix_scales, gptq_block
@@ -94,10 +95,10 @@ def _autoround_block(block: Block, learn: Callable[[Block, list[LearnedRounding]
         if start == "gptq":
             with full_precision(block.module):
                 gptq_block(block)
-        before, error = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}, _error(block)
+        before, error = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}, block_error(block)
         with learned_rounding(layers) as learned:
             learn(block, learned)
-    if not _error(block) < error:
+    if not block_error(block) < error:
         block.module.load_state_dict(before)
         for layer in layers:
             layer.weight.detach().copy_(on_grid(quantizer_of(layer), layer.weight))
@@ -106,37 +107,11 @@ def _autoround_block(block: Block, learn: Callable[[Block, list[LearnedRounding]
 def _learn(
     block: Block, learned: list[LearnedRounding], steps: int, batch_size: int, reach: float, scale_reach: float
 ) -> None:
-    """Take the steps of one block. Which calls each sees depends on the block alone, so that a run can go on."""
+    """Take the steps of one block."""
     parameters = [p for rounding in learned for p in rounding.parameters()]
-    calls = max(1, batch_size // len(block.calls[0].hidden))
-    generator = torch.Generator().manual_seed(block.index)
+    drawn = Drawn(block, batch_size)
     for step in range(steps):
-        taken = torch.randperm(len(block.calls), generator=generator)[:calls].tolist()
-        gradients = _gradients(block, parameters, taken)
+        found = gradients(block, parameters, drawn())
         length = 2 * (1 - (step + 0.5) / steps) / steps  # these sum up to 1
         for rounding in learned:
-            rounding.step_(gradients, length * reach, length * scale_reach)
-
-
-@torch.enable_grad()
-def _gradients(block: Block, parameters: list[nn.Parameter], calls: list[int]) -> dict[Tensor, Tensor]:
-    """Of the error on `calls`, by parameter; none flows into what they do not reach, as an expert's layer."""
-    sums: dict[Tensor, Tensor] = {parameter: torch.zeros_like(parameter) for parameter in parameters}
-    for call in calls:
-        found = torch.autograd.grad(_call_error(block, call), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                sums[parameter] += gradient
-    return sums
-
-
-@torch.no_grad()
-def _error(block: Block) -> float:
-    """Of what leaves the block, summed over all calls."""
-    return sum(float(_call_error(block, call)) for call in range(len(block.calls)))
-
-
-def _call_error(block: Block, call: int) -> Tensor:
-    """Mean squared error of what leaves the block in one call."""
-    output = block.run(block.calls[call]).to(torch.float32)
-    return (output - block.targets[call].to(output)).square().mean()
+            rounding.step_(found, length * reach, length * scale_reach)

@@ -131,7 +131,7 @@ def test_a_comparison_of_nothing_is_refused(shell):  # noqa: F811
     assert "compare.seeds is []" in shell.fails("method=compare", "compare.seeds=[]")
     assert "compare.trained has no arm" in shell.fails("method=compare", "compare.trained.qat=null")
     assert "Two arms are called 'rtn'" in shell.fails("method=compare", '+compare.trained.rtn=["method=qat"]')
-    assert "give it to an arm" in shell.fails("method=compare", "experiment=smollm2_kmeans3")
+    assert "give it to an arm" in shell.fails("method=compare", "experiment=kmeans3")
     mistaken = '+compare.trained.b=["method=qat","scheme.weight.bitz=2"]'
     assert "scheme.weight.bitz" in shell.fails("method=compare", mistaken)
     assert "one device each" in shell.fails("method=compare", "trainer.devices=2")

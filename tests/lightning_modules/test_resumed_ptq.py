@@ -39,10 +39,10 @@ def test_killed_in_the_middle_of_a_layer_it_ends_with_the_same_bits(shell):  # n
     assert not (shell.folder / "killed" / "gptq").exists()
 
 
-@pytest.mark.parametrize("transform", ["awq_gptq", "sparsegpt", "autoround"])
+@pytest.mark.parametrize("transform", ["awq_gptq", "sparsegpt", "autoround", "reconstruct"])
 def test_killed_before_the_export_nothing_is_done_again(shell, transform):  # noqa: F811
     options = [*shell.options, *OPTIONS, f"transforms={transform}"]
-    options += ["transforms.autoround.steps=5"] if transform == "autoround" else []
+    options += [f"transforms.{transform}.steps=5"] if transform in ("autoround", "reconstruct") else []
     dying(shell, *options, "hydra.run.dir=whole", forks=True)
     dying(shell, *options, "hydra.run.dir=killed", code=-signal.SIGKILL, DIE_BEFORE_EXPORT="1")
     assert dying(shell, "resume=killed") == (0, "[]")

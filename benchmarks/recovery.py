@@ -1,0 +1,346 @@
+"""Whether training with quantization beats rounding: every recipe, several seeds, and the same tokens for every arm.
+
+    python -m benchmarks.recovery --texts TEXTS                     SmolLM2; writes results/recovery.json; resumes
+    python -m benchmarks.recovery --texts TEXTS --schemes int4-g64 --seeds 0 --options optimizer.lr=5e-5
+
+TEXTS is a folder with *.train.txt, *.val.txt and wiki106.val.txt, which nothing is trained on. Every GPU of the machine
+takes one arm at a time; arms that are done lie in --work. All of them are runs of `python train.py`. For each seed:
+
+1. `start` trains in full precision for --steps steps. All that follows starts from it.
+2. `fp` trains on, in parts of --steps steps, as many as the longest recipe. Full precision is the best of `start` and
+   of these parts, by the evaluation texts of the mix.
+3. `rtn`, `gptq` and `awq` quantize the best one; for each scheme the best of them, by the mix, is called `ptq`.
+4. `ours` trains the recipe of the scheme (configs/experiment/) from `start`, on the tokens of `fp` in their order.
+5. Peers train alike: `torchao`, its fake quantization with the same format; `llm-qat`, extremes as scales and the
+   teacher's logits alone (arXiv 2305.17888), in this framework.
+
+`recovered` = (ppl_ptq - ppl) / (ppl_ptq - ppl_fp), the mean over seeds in which rounding loses something, and
+`recovered_spread` their standard deviation. Perplexity and next-token accuracy are over windows of 512 tokens.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.record import ROOT, record
+from benchmarks.texts import SEPARATOR
+from lightning_modules.comparison.run import composed
+from lightning_modules.evaluation import Text, evaluate
+from lightning_modules.pipeline import Job
+from qat.atomic import replaced_file
+from qat.errors import InputError
+
+# The recipe of each scheme, and in how many parts of --steps steps it trains.
+SCHEMES = {
+    "int4-g64": ("int4", 1),
+    "int3-g64": ("int3", 1),
+    "int2-g64": ("int2", 3),
+    "kmeans4-row": ("kmeans4", 1),
+    "kmeans3-row": ("kmeans3", 1),
+    "kmeans2-row": ("kmeans2", 3),
+    "nf4-g64": ("nf4", 1),
+    "ternary": ("ternary", 3),
+    "w8a8": ("w8a8", 1),
+    "w4a8": ("w4a8", 1),
+    "w4a4kv4": ("w4a4kv4", 1),
+}
+ROUNDED = ("rtn", "gptq", "awq")
+_MIX, _WIKI = "mix.val", "wiki106.val"
+_TRANSFORMS = {"rtn": "calibrate"}
+_LLM_QAT = ("quantizer@scheme.weight=minmax", "scheme.weight.granularity=per_channel", "distill.weight=1.0")
+_PEERS = {"int4-g64": {"torchao": ()}, "w4a8": {"llm-qat": _LLM_QAT}, "w4a4kv4": {"llm-qat": _LLM_QAT}}
+_LENGTH, _PLAIN = 512, "pretrained"
+# Of every run: what is trained on, and nothing that is not measured here.
+_QUIET = ("export=none", "callbacks.monitor.every_n_steps=100000", "callbacks.checkpoint.every_n_steps=100000")
+_LAST = "callbacks.checkpoint.save_at_end=false"
+
+Row = dict[str, Any]
+
+
+class Arm(NamedTuple):
+    """One run.
+
+    name: `start`, `fp`, of ROUNDED, `ours` or a peer.
+    scheme: None in full precision.
+    seed: of the order of windows.
+    part: of `fp`, counted from 1.
+    """
+
+    name: str
+    scheme: str | None
+    seed: int
+    part: int = 0
+
+    @property
+    def key(self) -> str:
+        """What its files are called."""
+        parts = (self.name, str(self.part or ""), self.scheme or "", f"seed{self.seed}")
+        return "-".join(filter(None, parts))
+
+
+class Plan(NamedTuple):
+    """What all arms share.
+
+    texts: folder of texts.
+    work: folder of what arms leave.
+    model: options that choose the model.
+    steps: of a part.
+    schemes: in their order.
+    seeds: in their order.
+    options: of every quantized training, after those of its recipe.
+    given: of every run.
+    """
+
+    texts: Path
+    work: Path
+    model: tuple[str, ...]
+    steps: int
+    schemes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    options: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+
+    def first(self) -> list[Arm]:
+        """Arms that wait for none."""
+        return [Arm("start", None, seed) for seed in self.seeds]
+
+    def after(self, arm: Arm) -> list[Arm]:
+        """Arms that wait for `arm`."""
+        longest = max(SCHEMES[scheme][1] for scheme in self.schemes)
+        trained = [Arm(name, s, arm.seed) for s in self.schemes for name in ("ours", *_PEERS.get(s, {}))]
+        # The longest first.
+        trained.sort(key=lambda own: -SCHEMES[str(own.scheme)][1])
+        if arm.name == "start":
+            return [Arm("fp", None, arm.seed, 1), *trained]
+        if arm.name != "fp":
+            return []
+        if arm.part < longest:
+            return [Arm("fp", None, arm.seed, arm.part + 1)]
+        return [Arm(name, scheme, arm.seed) for scheme in self.schemes for name in ROUNDED]
+
+    def full_precision(self, seed: int) -> list[Arm]:
+        """Those among which full precision is the best."""
+        longest = max(SCHEMES[scheme][1] for scheme in self.schemes)
+        return [Arm("start", None, seed), *(Arm("fp", None, seed, part + 1) for part in range(longest))]
+
+    def row(self, arm: Arm) -> Row | None:
+        """What `arm` found; None if it did not run yet."""
+        path = self.work / f"{arm.key}.json"
+        found: Row | None = json.loads(path.read_text()) if path.is_file() else None
+        return found
+
+    def best(self, seed: int) -> Arm:
+        """The arm that is called full precision, once all of its parts are there."""
+        return min(self.full_precision(seed), key=lambda arm: float(self.known(arm)[_MIX]["perplexity"]))
+
+    def known(self, arm: Arm) -> Row:
+        """The same as `row`, of one that ran."""
+        found = self.row(arm)
+        assert found is not None, arm.key
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and *.val.txt")
+    parser.add_argument("--work", type=Path, default=Path("outputs/recovery"), help="where arms leave what they find")
+    parser.add_argument("--steps", type=int, default=700, help="of a part; 700 are an epoch of 5.75 million tokens")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
+    parser.add_argument("--options", nargs="+", default=[], help="options of train.py for the recipes")
+    parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
+    own = parser.parse_args()
+    parts = tuple(own.model), own.steps, tuple(own.schemes), tuple(own.seeds), tuple(own.options), tuple(own.given)
+    plan = Plan(own.texts.resolve(), own.work.resolve(), *parts)
+    split_texts(plan)
+    run_all(plan)
+    command = f"python -m benchmarks.recovery --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
+    command += f" --seeds {' '.join(map(str, plan.seeds))}"
+    command += "".join(f" --{name} {' '.join(own)}" for name in ("options", "given") if (own := getattr(plan, name)))
+    record("recovery", command, rows_of(plan), ("torchao", "triton"))
+
+
+def split_texts(plan: Plan) -> None:
+    """Folders of training texts and of the mix's evaluation texts, for `data=text`."""
+    for kind in ("train", "val"):
+        folder = plan.work / "texts" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [path for path in plan.texts.glob(f"*.{kind}.txt") if path.name != f"{_WIKI}.txt"]
+        if not found:
+            raise SystemExit(f"{plan.texts} holds no *.{kind}.txt.")
+        for path in found:
+            if not (folder / path.name).is_file():
+                shutil.copy2(path, folder / path.name)
+
+
+def run_all(plan: Plan) -> None:
+    """Every arm that is missing, as soon as what it waits for is there; as many at a time as there are GPUs."""
+    gpus = torch.cuda.device_count()
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for gpu in range(max(1, gpus)):
+        free.put(str(gpu) if gpus else "")
+    with ProcessPoolExecutor(max(1, gpus), context, initializer=_take_gpu, initargs=(free,)) as pool:
+        pending: dict[Future[Row], Arm] = {}
+
+        def submit(arms: Iterable[Arm]) -> None:
+            for arm in arms:
+                pending[pool.submit(run, plan, arm)] = arm
+
+        submit(plan.first())
+        while pending:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                arm = pending.pop(future)
+                print(arm.key, json.dumps(future.result()), f"{len(pending)} in line", flush=True)
+                submit(plan.after(arm))
+
+
+def _take_gpu(free: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+
+
+def run(plan: Plan, arm: Arm) -> Row:
+    """Run `arm`, unless that was done, and keep its row."""
+    found = plan.row(arm)
+    plain = plan.work / arm.key / _PLAIN
+    if found is not None and (arm.scheme is not None or plain.is_dir()):
+        return found
+    from hydra import initialize_config_dir
+
+    row: Row
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), composed(options_of(plan, arm)) as cfg:
+        try:
+            job = (TorchaoJob if arm.name == "torchao" else Job)(cfg)
+            job.run()
+            if arm.scheme is None:
+                job.save_plain(plain)
+            row = scores(plan, job)
+        except InputError as error:  # AWQ of a table, say
+            if arm.name not in ROUNDED:
+                raise
+            row = {"refused": str(error)}
+    with replaced_file(plan.work / f"{arm.key}.json") as temporary:
+        temporary.write_text(json.dumps(row))
+    return row
+
+
+def options_of(plan: Plan, arm: Arm) -> list[str]:
+    """Options of `python train.py` for `arm`."""
+    texts = plan.work / "texts"
+    common = [
+        *(f"data.{name}='{texts / kind}'" for name, kind in (("path", "train"), ("val_path", "val"))),
+        *(
+            "data=text",
+            f"data.sequence_length={_LENGTH}",
+            "data.batch_size=16",
+            "trainer.precision=bf16-mixed",
+            f"seed={arm.seed}",
+        ),
+        *(f"paths.output_dir='{plan.work / arm.key}'", f"paths.cache_dir='{plan.work / 'cache'}'", "resumed=true"),
+        *(*_QUIET, _LAST, *plan.given),
+    ]
+    if arm.name == "start":
+        return [*common, *plan.model, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=1e-4"]
+    if arm.name == "fp":
+        before = Arm("fp", None, arm.seed, arm.part - 1) if arm.part > 1 else Arm("start", None, arm.seed)
+        return [*common, *_loading(plan, before), "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=5e-5"]
+    recipe, parts = SCHEMES[str(arm.scheme)]
+    if arm.name in ROUNDED:
+        # Training windows alone: nothing is chosen by what is evaluated on.
+        method = ["method=ptq", "distill=none", f"transforms={_TRANSFORMS.get(arm.name, arm.name)}"]
+        calibration = ["calibration_batches=8", f"experiment={recipe}"]
+        return [*common, *_loading(plan, plan.best(arm.seed)), *method, *calibration]
+    trained = [*common, *_loading(plan, Arm("start", None, arm.seed)), f"trainer.max_steps={parts * plan.steps}"]
+    if arm.name == "torchao":
+        return [*trained, "method=fp", "optimizer.lr=2e-5"]
+    own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else plan.options
+    return [*trained, f"experiment={recipe}", *own]
+
+
+def _loading(plan: Plan, arm: Arm) -> list[str]:
+    return ["model=hf", f"model.name='{plan.work / arm.key / _PLAIN}'", "model.attention=sdpa"]
+
+
+class TorchaoJob(Job):
+    """Training with torchao's fake quantization of weights: 4 bits, symmetric, in groups of 64."""
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        weights = IntxFakeQuantizeConfig(torch.int4, group_size=64, is_symmetric=True)
+        config = QATConfig(weight_config=weights, step="prepare")
+        quantize_(self.model, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+
+
+def scores(plan: Plan, job: Job) -> Row:
+    """Perplexity and accuracy on both texts."""
+    model = job.module.model.eval()
+    model.to(job.trainer.strategy.root_device)
+    with job.trainer.precision_plugin.forward_context():
+        found = {name: evaluate(model, text, _LENGTH, _LENGTH, 8) for name, text in _evaluated(plan, job)}
+    return {name: {"perplexity": own.perplexity, "accuracy": own.accuracy} for name, own in found.items()}
+
+
+def _evaluated(plan: Plan, job: Job) -> Iterator[tuple[str, Text]]:
+    paths = {_MIX: sorted((plan.work / "texts" / "val").glob("*.txt")), _WIKI: [plan.texts / f"{_WIKI}.txt"]}
+    tokenizer = job.loaded.tokenizer
+    for name, files in paths.items():
+        documents = [part.strip() for file in files for part in file.read_text().split(SEPARATOR) if part.strip()]
+        encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([token for document in encoded for token in (*document, tokenizer.eos_token_id)])
+        yield name, Text(ids, ids)
+
+
+def rows_of(plan: Plan) -> list[Row]:
+    """One row for each scheme and text."""
+    return [_row(plan, scheme, text) for scheme in plan.schemes for text in (_WIKI, _MIX)]
+
+
+def _row(plan: Plan, scheme: str, text: str) -> Row:
+    def of(name: str, figure: str = "perplexity") -> list[float]:
+        return [float(plan.known(Arm(name, scheme, seed))[text][figure]) for seed in plan.seeds]
+
+    full = [plan.known(plan.best(seed))[text] for seed in plan.seeds]
+    rounded = [name for name in ROUNDED if all(_MIX in plan.known(Arm(name, scheme, s)) for s in plan.seeds)]
+    mixes = {
+        name: mean(float(plan.known(Arm(name, scheme, s))[_MIX]["perplexity"]) for s in plan.seeds) for name in rounded
+    }
+    best = min(mixes, key=lambda name: mixes[name])
+    ppl_fp, ppl_ptq, ppl_qat = [float(own["perplexity"]) for own in full], of(best), of("ours")
+    recovered = _recovered(ppl_ptq, ppl_qat, ppl_fp)
+    row: Row = {"scheme": scheme, "model": "smollm2" if plan.model == ("model=smollm2",) else plan.model[-1]}
+    row |= {"text": text, "seeds": list(plan.seeds), "recipe": SCHEMES[scheme][0], "parts": SCHEMES[scheme][1]}
+    row |= {"ppl_fp": mean(ppl_fp), "ppl_ptq": mean(ppl_ptq), "ptq_name": best, "ppl_qat": mean(ppl_qat)}
+    row |= {f"ppl_{name}": mean(of(name)) for name in rounded}
+    row |= {"ratio": mean(own / other for own, other in zip(ppl_qat, ppl_fp, strict=True))}
+    row |= {"recovered": mean(recovered) if recovered else None}
+    row |= {"recovered_spread": stdev(recovered) if len(recovered) > 1 else None}
+    accuracies = mean(of("ours", "accuracy")), mean(float(own["accuracy"]) for own in full)
+    row |= {"accuracy": accuracies[0], "accuracy_fp": accuracies[1]}
+    for peer in _PEERS.get(scheme, {}):
+        of_peer = _recovered(ppl_ptq, of(peer), ppl_fp)
+        row |= {"peer_name": peer, "ppl_peer": mean(of(peer)), "peer_recovered": mean(of_peer) if of_peer else None}
+    return row
+
+
+def _recovered(rounded: Sequence[float], own: Sequence[float], full: Sequence[float]) -> list[float]:
+    """Of every seed in which rounding loses something."""
+    return [(r - q) / (r - f) for r, q, f in zip(rounded, own, full, strict=True) if r > f]
+
+
+if __name__ == "__main__":
+    main()
