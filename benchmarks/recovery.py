@@ -30,10 +30,13 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from benchmarks.record import ROOT, record
 from benchmarks.texts import SEPARATOR
+from lightning_modules.comparison.peers import PEERS
 from lightning_modules.comparison.run import composed
 from lightning_modules.evaluation import Text, evaluate
 from lightning_modules.pipeline import Job
@@ -217,12 +220,10 @@ def run(plan: Plan, arm: Arm) -> Row:
     plain = plan.work / arm.key / _PLAIN
     if found is not None and (arm.scheme is not None or plain.is_dir()):
         return found
-    from hydra import initialize_config_dir
-
     row: Row
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), composed(options_of(plan, arm)) as cfg:
         try:
-            job = (TorchaoJob if arm.name == "torchao" else Job)(cfg)
+            job = _job(arm, cfg)
             job.run()
             if arm.scheme is None:
                 job.save_plain(plain)
@@ -263,7 +264,7 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
         calibration = ["calibration_batches=8", f"experiment={recipe}"]
         return [*common, *_loading(plan, plan.best(arm.seed)), *method, *calibration]
     trained = [*common, *_loading(plan, Arm("start", None, arm.seed)), f"trainer.max_steps={parts * plan.steps}"]
-    if arm.name == "torchao":
+    if arm.name in PEERS:
         return [*trained, "method=fp", "optimizer.lr=2e-5"]
     own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else plan.options
     return [*trained, f"experiment={recipe}", *own]
@@ -273,17 +274,11 @@ def _loading(plan: Plan, arm: Arm) -> list[str]:
     return ["model=hf", f"model.name='{plan.work / arm.key / _PLAIN}'", "model.attention=sdpa"]
 
 
-class TorchaoJob(Job):
-    """Training with torchao's fake quantization of weights: 4 bits, symmetric, in groups of 64."""
-
-    def _prepare(self) -> None:
-        super()._prepare()
-        from torchao.quantization import quantize_
-        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-
-        weights = IntxFakeQuantizeConfig(torch.int4, group_size=64, is_symmetric=True)
-        config = QATConfig(weight_config=weights, step="prepare")
-        quantize_(self.model, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+def _job(arm: Arm, cfg: DictConfig) -> Job:
+    if arm.name not in PEERS:
+        return Job(cfg)
+    scheme = compose("train", [f"experiment={SCHEMES[str(arm.scheme)][0]}"]).scheme
+    return PEERS[arm.name](cfg, instantiate(scheme))
 
 
 def scores(plan: Plan, job: Job) -> Row:

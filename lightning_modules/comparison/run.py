@@ -9,17 +9,19 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lightning_modules.choices import check_choices
 from lightning_modules.comparison.arms import FULL, Arm, chosen, full_precision, rounded_arms, trained_arms
 from lightning_modules.comparison.outcome import Outcome, table_of, verdict
+from lightning_modules.comparison.peers import PEERS, installed
 from lightning_modules.comparison.picture import draw
 from lightning_modules.pipeline import FULL as BEFORE
 from lightning_modules.pipeline import Job
 from qat.atomic import replaced_file
-from qat.errors import InputError
+from qat.errors import InputError, nearest
 
 _PLAIN = "pretrained"
 
@@ -43,6 +45,7 @@ class Comparison:
         self._folder, self._title = Path(cfg.paths.output_dir), str(cfg.title)
         self._console = Console()
         _check(cfg)
+        self._scheme, self._peers = cfg.scheme, [name for name in cfg.compare.peers if installed(name)]
         self._found: dict[str, dict[str, Any]] = {}
         if cfg.resumed and self._path.is_file():
             self._found = json.loads(self._path.read_text())["arms"]
@@ -54,6 +57,9 @@ class Comparison:
         for seed in seeds:
             self._run_seed(seed)
         outcome = self._outcome(seeds)
+        for name in self._peers:
+            if refused := self._found[f"{name}-{seeds[0]}"].get("refused"):
+                self._say(f"{name} was left out: {refused}")
         self._console.print(table_of(outcome, f"{self._title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"))
         for name in outcome.trained:
             self._say(verdict(outcome, name))
@@ -100,7 +106,8 @@ class Comparison:
     def _later_arms(self, seed: int, model: Sequence[str]) -> list[Arm]:
         """All but the run in full precision, which the options `model` load."""
         rounded = rounded_arms(self._given, self._options.rounded, seed, model)
-        return rounded + trained_arms(self._given, self._options.trained, seed)
+        peers = [Arm(name, full_precision(self._given, seed).options) for name in self._peers]
+        return rounded + trained_arms(self._given, self._options.trained, seed) + peers
 
     def _loading(self, full: Arm, seed: int) -> list[str]:
         """The options that load what the run in full precision left."""
@@ -122,17 +129,25 @@ class Comparison:
             return
         folder = self._folder_of(arm, seed)
         self._say(f"--- {arm.name}, seed {seed}")
+        try:
+            figures = self._figures(arm, folder)
+        except InputError as error:
+            if arm.name not in self._peers:
+                raise
+            figures = {"refused": str(error)}
+        gc.collect()
+        self._keep(_key(arm, seed), figures | {"options": arm.options})
+
+    def _figures(self, arm: Arm, folder: Path) -> dict[str, Any]:
+        """What running `arm` found."""
         with composed([*arm.options, *_resuming(folder)]) as cfg:
-            job = Job(cfg)
+            job = PEERS[arm.name](cfg, instantiate(self._scheme)) if arm.name in self._peers else Job(cfg)
             rows = job.run()
-            attention = job.model.config._attn_implementation
             if arm.name == FULL:
                 job.save_plain(folder / _PLAIN)
-        del job
-        gc.collect()
+            attention = job.model.config._attn_implementation
         last = list(rows.values())[-1]["perplexity"]
-        figures = {"perplexity": last, "before": rows[BEFORE]["perplexity"], "attention": attention}
-        self._keep(_key(arm, seed), figures | {"options": arm.options})
+        return {"perplexity": last, "before": rows[BEFORE]["perplexity"], "attention": attention}
 
     def _keep(self, key: str, figures: dict[str, Any]) -> None:
         self._found[key] = figures
@@ -143,8 +158,9 @@ class Comparison:
         def of(name: str, figure: str = "perplexity") -> list[float]:
             return [self._found[f"{name}-{seed}"][figure] for seed in seeds]
 
-        rounded, trained = (chosen(arms) for arms in (self._options.rounded, self._options.trained))
-        parts = ({name: of(name) for name in names} for names in (rounded, trained))
+        rounded, trained = (list(chosen(arms)) for arms in (self._options.rounded, self._options.trained))
+        peers = [name for name in self._peers if "refused" not in self._found[f"{name}-{seeds[0]}"]]
+        parts = ({name: of(name) for name in names} for names in (rounded, trained + peers))
         return Outcome(of(FULL, "before"), of(FULL), *parts)
 
     def _say(self, line: str) -> None:
@@ -192,7 +208,11 @@ def _check(cfg: DictConfig) -> None:
             f"experiment={experiment} would choose a scheme for the run in full precision too: give it to an arm, "
             f"'compare.trained.qat=[\"experiment={experiment}\"]'."
         )
-    twice = set(chosen(options.trained)) & set(chosen(options.rounded))
+    for name in options.peers:
+        if name not in PEERS:
+            raise InputError(f"compare.peers has '{name}'.{nearest(str(name), PEERS)}")
+    names = [*chosen(options.trained), *chosen(options.rounded), *options.peers]
+    twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise InputError(f"Two arms are called '{min(twice)}': rename one of them.")
     if cfg.trainer.devices not in (1, "1"):

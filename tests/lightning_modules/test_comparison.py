@@ -87,7 +87,14 @@ def test_one_seed_has_no_spread(tmp_path):
 @pytest.mark.usefixtures("forks")
 def test_a_comparison_is_the_runs_that_it_says_and_each_is_done_once(shell):  # noqa: F811
     options = ("trainer.max_steps=6", "optimizer.lr=3e-3", "calibration_batches=4")
-    words = ("method=compare", *options, "compare.seeds=[0,3]", "compare.rounded.awq=null", "hydra.run.dir=run")
+    words = (
+        "method=compare",
+        *options,
+        "compare.seeds=[0,3]",
+        "compare.peers=[]",
+        "compare.rounded.awq=null",
+        "hydra.run.dir=run",
+    )
     output = shell.run(*words)
     kept = json.loads((shell.folder / "run" / "comparison.json").read_text())["arms"]
     assert set(kept) == {f"{arm}-{seed}" for arm in ("fp", "rtn", "gptq", "qat") for seed in (0, 3)}
@@ -117,7 +124,8 @@ def test_a_comparison_is_the_runs_that_it_says_and_each_is_done_once(shell):  # 
 def test_what_is_pruned_is_pruned_once_and_codebooks_are_refreshed_where_there_are_any(shell):  # noqa: F811
     words = ["prune=structured", "prune.structured.channels=0.5", "quantizer@scheme.weight=kmeans"]
     words += ["callbacks.refresh.every_n_steps=1", "scheme.weight.granularity=per_channel", "trainer.max_steps=2"]
-    output = shell.run("method=compare", "compare.seeds=[0]", "compare.rounded={rtn: []}", *words, "hydra.run.dir=run")
+    words += ["compare.seeds=[0]", "compare.rounded={rtn: []}", "compare.peers=[]"]
+    output = shell.run("method=compare", *words, "hydra.run.dir=run")
     assert "rtn" in output
     sizes = {
         json.loads((shell.folder / "run" / path / "config.json").read_text())["intermediate_size"]
