@@ -27,7 +27,7 @@ from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.models import LoadedModel, load_hf
 from lightning_modules.report import Report, plot_training
-from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes
+from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes, tensor_bytes
 from qat import convert, load, prepare
 from qat.atomic import replaced_folder
 from qat.errors import InputError
@@ -36,7 +36,16 @@ from qat.export.parity import check_logits
 from qat.nn import LowBitLinear
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
-from qat.transforms import Scheme, discard, is_quantized, quant_layers, quantizes_weights, restructure, uncalibrated
+from qat.transforms import (
+    Scheme,
+    discard,
+    is_quantized,
+    nested_widths,
+    quant_layers,
+    quantizes_weights,
+    restructure,
+    uncalibrated,
+)
 from qat.transforms.masks import sparsity
 
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
@@ -262,12 +271,16 @@ class Job:
     def _export(self) -> None:
         """Convert, save and reload, and hold the reloaded model to the trained one's logits."""
         probe = next(iter(self.data.val_dataloader()))
-        trained = self._logits(self.model, probe)
+        trained, widths = self._logits(self.model, probe), nested_widths(self.model)
         convert(self.model)
+        read = partial(load, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
         for name, write in instantiate(self.cfg.export).items():
             folder = self.folder / name
             self._once(partial(write, self.model, folder, tokenizer=self.loaded.tokenizer))
-            self.module.model = load(folder, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
+            for bits in widths:
+                self.module.model = read(folder, bits=bits)
+                self._measure(f"loaded at {bits} bits", tensor_bytes(self.module.model))
+            self.module.model = read(folder)
             check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
             size = folder_bytes(folder)
             self._measure(SHIPPED, size)

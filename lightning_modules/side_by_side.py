@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_modules.models import LoadedModel
-from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes
+from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes, tensor_bytes
 from qat import load
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight, check_artifact
@@ -34,6 +34,7 @@ class SideBySide:
         for key, least in (("seed", 0), ("threads", 1)):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < least):
                 raise InputError(f"{key} is {cfg[key]}; it is a whole number from {least} on.")
+        self._widths = _widths(cfg.bits)
         self._cfg, self.folders = cfg, [str(Path(folder).expanduser()) for folder in listed(cfg.artifact)]
         for folder in self.folders:
             check_artifact(folder)
@@ -47,10 +48,12 @@ class SideBySide:
         self.tokenizer = self.reference.tokenizer if self.reference else _tokenizer(self.folders[0])
 
     def artifacts(self) -> Iterator[LoadedModel]:
-        """Every artifact, named by its folder, in evaluation mode."""
+        """Every artifact, named by its folder, in evaluation mode; of nested codes once for each of `bits`."""
         for folder in self.folders:
-            model = load(folder, trust_remote_code=self._cfg.trust_remote_code)
-            yield self._placed(LoadedModel(model, self.tokenizer, folder))
+            for bits in self._widths:
+                model = load(folder, trust_remote_code=self._cfg.trust_remote_code, bits=bits)
+                name = folder if bits is None else f"{folder}, {bits} bits"
+                yield self._placed(LoadedModel(model, self.tokenizer, name))
 
     def all(self) -> Iterator[LoadedModel]:
         """The reference, if it is wanted, and the artifacts."""
@@ -69,14 +72,25 @@ def bits_of(loaded: LoadedModel, packed: bool) -> float:
 
 
 def mib_of(loaded: LoadedModel, packed: bool) -> float:
-    """What an artifact takes on disk; a model in full precision, its parameters."""
-    return (folder_bytes(loaded.name) if packed else parameter_bytes(loaded.model)) / MIB
+    """What an artifact takes on disk; with some of its bits, and in full precision, a model's tensors."""
+    if packed and Path(loaded.name).is_dir():
+        return folder_bytes(loaded.name) / MIB
+    return (tensor_bytes if packed else parameter_bytes)(loaded.model) / MIB
 
 
 def listed(chosen: Any) -> list[str]:
     """An option that may be null, a word, or a list of words."""
     found = list(chosen) if isinstance(chosen, ListConfig) else [] if chosen is None else [chosen]
     return [str(word) for word in found]
+
+
+def _widths(chosen: Any) -> list[int | None]:
+    """The option `bits`: a whole number, or a list of them, or null."""
+    found = list(chosen) if isinstance(chosen, ListConfig) else [chosen]
+    for bits in found:
+        if bits is not None and (not isinstance(bits, int) or bits < 1):
+            raise InputError(f"bits is {chosen}; it is a whole number from 1 on, a list of them, or null.")
+    return found or [None]
 
 
 def check_positions(loaded: LoadedModel, tokens: int, mend: str) -> None:

@@ -20,3 +20,9 @@ def full_bits(model: nn.Module) -> float:
 def folder_bytes(folder: str | Path) -> int:
     """What the files of a folder take on disk."""
     return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """What parameters and stored buffers take in memory; shared ones count once."""
+    found = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(found.values())

@@ -2,6 +2,7 @@
 
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
+from lightning_modules.callbacks.nested import NestedBits
 from lightning_modules.callbacks.profile import Profile
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.prune import PruneSchedule
@@ -14,6 +15,7 @@ __all__ = [
     "CodebookRefresh",
     "GracefulStop",
     "LastCheckpoint",
+    "NestedBits",
     "Profile",
     "ProgressBar",
     "PruneSchedule",

@@ -23,6 +23,7 @@ from qat.numerics.qtensor import QuantizedTensor
 from qat.quantizers import Quantizer
 from qat.transforms.kv import describe_kv, restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
+from qat.transforms.slice_bits import slice_bits
 
 FORMAT_VERSION = 2
 _WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
@@ -78,7 +79,9 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     return Path(folder)
 
 
-def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: bool = False) -> nn.Module:
+def load(
+    folder: str | Path, model: nn.Module | None = None, trust_remote_code: bool = False, bits: int | None = None
+) -> nn.Module:
     """Read an artifact back.
 
     Args:
@@ -86,13 +89,14 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         model: the unquantized architecture to fill, its weights being ignored. Default: built from `config.json` by
             transformers.
         trust_remote_code: run model code that `config.json` names.
+        bits: of nested codes, only the first so many of each are kept; None: all.
 
     Returns:
         The model in evaluation mode, its quantized layers being packed.
 
     Raises:
         InputError: if the folder is not an artifact, is damaged, was written by a newer version, or does not fit the
-            architecture.
+            architecture, or has no nested codes of `bits` bits.
     """
     folder = Path(folder)
     check_artifact(folder)
@@ -109,6 +113,8 @@ def load(folder: str | Path, model: nn.Module | None = None, trust_remote_code: 
         replace(model, name, _allocate(name, description, model))
     restore_kv(model, config.get("kv"))
     _fill(model, tensors, config["tied"])
+    if bits is not None:
+        slice_bits(model, bits)
     return model.eval()
 
 

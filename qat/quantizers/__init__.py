@@ -6,6 +6,7 @@ from qat.quantizers.kmeans import KMeansQuantizer
 from qat.quantizers.lsq import LSQQuantizer
 from qat.quantizers.microscaling import MicroscalingQuantizer, NVFP4Quantizer
 from qat.quantizers.minmax import MinMaxQuantizer
+from qat.quantizers.nested import NestedQuantizer
 from qat.quantizers.table import TableQuantizer
 from qat.quantizers.vector import VectorQuantizer
 
@@ -16,6 +17,7 @@ __all__ = [
     "MicroscalingQuantizer",
     "MinMaxQuantizer",
     "NVFP4Quantizer",
+    "NestedQuantizer",
     "NoQuantizer",
     "Quantizer",
     "TableQuantizer",

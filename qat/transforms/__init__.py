@@ -15,6 +15,7 @@ from qat.transforms.prune import magnitude, sparsegpt, wanda
 from qat.transforms.reconstruct import reconstruct
 from qat.transforms.rules import KVCache, Rule, Scheme
 from qat.transforms.shard import shard
+from qat.transforms.slice_bits import nested_widths, slice_bits
 from qat.transforms.smoothquant import smoothquant
 from qat.transforms.structure import restructure
 from qat.transforms.structured import structured
@@ -37,6 +38,7 @@ __all__ = [
     "is_quantized",
     "magnitude",
     "neighbours",
+    "nested_widths",
     "prepare",
     "quant_layers",
     "quantizes_weights",
@@ -44,6 +46,7 @@ __all__ = [
     "restructure",
     "rotate",
     "shard",
+    "slice_bits",
     "smoothquant",
     "sparsegpt",
     "structured",

@@ -1,0 +1,46 @@
+"""Training one set of codes for several widths."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+from qat.errors import InputError
+from qat.quantizers import NestedQuantizer
+
+
+class NestedBits(Callback):
+    """Lets the widths of nested quantizers take turns, one for each optimizer step ("MatQuant", arXiv 2502.06786).
+
+    MatQuant sums the losses of all widths in every step; turns give the same gradient on the average, at the cost of
+    one width. Between steps, and so for evaluation, quantizers are at the width that ships.
+
+    Args:
+        turns: widths of successive steps, over and over; [8, 4, 2, 2] gives half of the steps to two bits. None: every
+            width of each quantizer in turn.
+    """
+
+    def __init__(self, turns: Sequence[int] | None = None) -> None:
+        self.turns = turns
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for turn in self.turns or ():
+            missing = [q for q in _nested(pl_module) if turn not in q.widths]
+            if missing:
+                raise InputError(f"callbacks.nested.turns has {turn}, which is none of {list(missing[0].widths)}.")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for quantizer in _nested(pl_module):
+            turns = self.turns or quantizer.widths
+            quantizer.at(turns[trainer.global_step % len(turns)])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for quantizer in _nested(pl_module):
+            quantizer.at(quantizer.widths[0])
+
+
+def _nested(model: nn.Module) -> list[NestedQuantizer]:
+    return [module for module in model.modules() if isinstance(module, NestedQuantizer)]
