@@ -180,8 +180,9 @@ def test_scales_and_codebooks_stay_float32_where_weights_are_cast(two_processes)
 
 @pytest.mark.slow
 def test_two_devices_train_what_one_does_with_both_batches(tmp_path, tiny_folder, text_file):
+    """Towards a teacher, which each device has."""
     shell = Shell(tmp_path, tiny_folder, text_file)
-    common = ("trainer.max_steps=3", "scheme=w4a8", "optimizer.lr=1e-4")
+    common = ("trainer.max_steps=3", "scheme=w4a8", "optimizer.lr=1e-4", "method=distill")
     output = shell.run(*common, "data.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "hydra.run.dir=two")
     assert output.count("after training, fake-quantized: perplexity") == 1
     shell.run(*common, "data.batch_size=8", "hydra.run.dir=one", forks=True)
