@@ -48,6 +48,24 @@ class Windows(Dataset[dict[str, Tensor]]):
         return as_example(self.tokens[index * self.length : (index + 1) * self.length])
 
 
+class Accompanied(Dataset[dict[str, Tensor]]):
+    """Windows, each with something of its own beside its tokens.
+
+    Args:
+        windows: of tokens.
+        beside: called with the number of a window.
+    """
+
+    def __init__(self, windows: Dataset[dict[str, Tensor]], beside: Callable[[int], dict[str, Tensor]]) -> None:
+        self.windows, self.beside = windows, beside
+
+    def __len__(self) -> int:
+        return len(self.windows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.windows[index] | self.beside(index)
+
+
 class WindowStream(IterableDataset[dict[str, Tensor]]):
     """Windows of a stream that has no known length; resuming reads on from the same window.
 
