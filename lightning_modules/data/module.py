@@ -158,7 +158,7 @@ class TextDataModule(CausalLMDataModule):
         self.path, self.val_path, self.val_share = path, val_path, val_share
 
     def make_windows(self) -> tuple[Dataset[Batch], Dataset[Batch]]:
-        train = self._read(self.path, "training text")
+        train = self._read_train()
         if self.val_path is not None:
             return train, self._read(self.val_path, "evaluation text")
         kept = len(train) - max(1, round(len(train) * self.val_share))
@@ -168,6 +168,9 @@ class TextDataModule(CausalLMDataModule):
                 "evaluate on: give more text, a smaller data.sequence_length, or data.val_path."
             )
         return Subset(train, range(kept)), Subset(train, range(kept, len(train)))
+
+    def _read_train(self) -> Windows:
+        return self._read(self.path, "training text")
 
     def _read(self, path: str, name: str) -> Windows:
         files = text_files(path)
