@@ -213,8 +213,8 @@ class Job:
         wanted = windows_needed(self.data, self.trainer, calibration)
         if cache.lacks(wanted):
             self._call_teacher(distillation)
-            with self.trainer.precision_plugin.forward_context():
-                fill(cache, distillation, self.data, wanted, self.console)
+            precision = self.trainer.precision_plugin.forward_context
+            fill(cache, distillation, self.data, wanted, self.console, precision)
             self.trainer.strategy.barrier()
         self._say(f"teacher: its words for {len(wanted)} windows are in {cache.folder}")
         if distillation.needs_gamma:

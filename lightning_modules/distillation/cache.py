@@ -21,10 +21,19 @@ from qat.errors import InputError
 from qat.options import require_whole
 
 CACHE_DTYPES = ("float16", "float32")
-INDICES, LOG_P = "teacher_indices", "teacher_log_p"  # what a batch calls them
+INDICES, LOG_P = "teacher_indices", "teacher_log_p_bits"  # what a batch calls them
+# Batches carry logarithms as the integers of the same bits, because a run in bf16-true casts all that is floating.
+_BITS = {"float16": np.int16, "float32": np.int32}
+_FLOATS = {torch.int16: torch.float16, torch.int32: torch.float32}
 _DESCRIPTION = "cache.json"
 _FORMAT = 1
 _UINT16 = 1 << 16
+
+
+def words_of_batch(beside: Mapping[str, Tensor]) -> TopK:
+    """What a batch holds beside its tokens, `[batch, tokens, ...]`, as the words of all tokens one after the other."""
+    log_p = beside[LOG_P].flatten(0, 1)
+    return TopK(beside[INDICES].flatten(0, 1), log_p.view(_FLOATS[log_p.dtype]))
 
 
 class Sizes(NamedTuple):
@@ -131,8 +140,8 @@ class TeacherCache:
             raise InputError(
                 f"distill.cache={self.folder} lacks the training window {index}: start the run again, to have it."
             )
-        indices = torch.from_numpy(arrays["indices"][index].astype(np.int32))
-        return {INDICES: indices, LOG_P: torch.from_numpy(arrays["log_p"][index].copy())}
+        indices, log_p = arrays["indices"][index].astype(np.int32), arrays["log_p"][index]
+        return {INDICES: torch.from_numpy(indices), LOG_P: torch.from_numpy(log_p.view(_BITS[self.dtype]).copy())}
 
     def confidence(self, windows: Sequence[int], labels: Sequence[Tensor]) -> float:
         """The mean probability of the next token over all of `windows` that are learned: see `teacher.confidence`.

@@ -1,6 +1,7 @@
 """Computing the teacher's words for training windows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def fill(
     data: CausalLMDataModule,
     wanted: Sequence[int],
     console: Console | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Compute what `cache` lacks of the windows `wanted`; of several processes each takes its share.
 
@@ -35,6 +37,7 @@ def fill(
         distillation: its teacher was made.
         wanted: numbers of the training windows of `data`.
         console: shows how many batches are done, and the time that remains.
+        precision: makes the context in which a model of the run computes: that of autocast, for instance.
 
     Raises:
         InputError: if they do not fit on the disk.
@@ -49,7 +52,9 @@ def fill(
     head, device = proven_head(teacher), next(teacher.parameters()).device
     for some in track(todo, "the teacher reads, once", console=console, transient=True):
         ids = torch.stack([windows[index]["input_ids"] for index in some]).to(device)
-        cache.write(some, *words_of(teacher, head, ids, cache.sizes.top_k, distillation.temperature))
+        with precision():
+            words, next_log_p = words_of(teacher, head, ids, cache.sizes.top_k, distillation.temperature)
+        cache.write(some, words, next_log_p)
 
 
 @torch.no_grad()

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.windows import IGNORED
-from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P
+from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P, words_of_batch
 from lightning_modules.distillation.chunked import Sums, at_heads, of_logits
 from lightning_modules.distillation.divergences import divergence_of, forward_kl
 from lightning_modules.distillation.logits import LogitLoss
 from lightning_modules.distillation.said import Said, chunk_of, head_inputs, proven_head, said_by
 from lightning_modules.distillation.teacher import confidence, make_teacher, share_frozen, vocabulary
-from lightning_modules.distillation.top_k import TopK
 from lightning_modules.distillation.watched import outputs_of
 from lightning_modules.head import AS_IS, Head
 from lightning_modules.loss import next_tokens
@@ -191,7 +190,7 @@ class Distillation:
         if self._recalls:
             if not words:
                 raise InputError("A batch has no words of the teacher: set data.beside = cache.window.")
-            return Lesson(TopK(*(words[name].flatten(0, 1) for name in _WORDS)), {})
+            return Lesson(words_of_batch(words), {})
         teacher, inputs = self._taught(), _without_labels(batch)
         with outputs_of([theirs for pairs in fit.pairs.values() for _, theirs in pairs]) as inside:
             said = said_by(teacher, fit.teacher_head, inputs)

@@ -85,8 +85,14 @@ def write(loaded: LoadedModel, folder: str | Path, settings: Settings, console: 
     """
     folder = Path(folder).expanduser()
     _claim(folder, _description(loaded, settings))
-    if (folder / TOKENS).is_file():
-        return folder / TOKENS
+    if not (folder / TOKENS).is_file():
+        _write_parts(loaded, folder, settings, console)
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    return folder / TOKENS
+
+
+def _write_parts(loaded: LoadedModel, folder: Path, settings: Settings, console: Console | None) -> None:
+    """Write the batches that are not there yet, and all of them as one."""
     first = first_tokens(_allowed(loaded.tokenizer), settings.texts, settings.seed).split(settings.batch_size)
     parts = [folder / _PARTS / f"{batch:06d}.npy" for batch in range(len(first))]
     todo = [batch for batch, part in enumerate(parts) if not part.is_file()]
@@ -95,8 +101,6 @@ def write(loaded: LoadedModel, folder: str | Path, settings: Settings, console: 
         how = settings.length, settings.greedy, settings.temperature, end, settings.seed, batch
         _save(parts[batch], [as_tokens(text) for text in written_after(loaded.model, first[batch], *how)])
     _save(folder / TOKENS, [np.load(part) for part in parts])
-    shutil.rmtree(folder / _PARTS)
-    return folder / TOKENS
 
 
 def as_tokens(text: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from lightning_modules.data import HubDataModule, TextDataModule
 from lightning_modules.data.windows import WindowStream
 from lightning_modules.distillation import Distillation, HiddenStates
 from lightning_modules.distillation import fill as filling
-from lightning_modules.distillation.cache import Sizes, TeacherCache
+from lightning_modules.distillation.cache import Sizes, TeacherCache, words_of_batch
 from lightning_modules.distillation.divergences import DIVERGENCES
 from lightning_modules.distillation.fill import fill
 from lightning_modules.distillation.recording import cache_for, windows_needed
@@ -40,14 +41,14 @@ def data(text_file, tmp_path):
     )
 
 
-def recorded(data, model, folder, wanted=None, **options):
+def recorded(data, model, folder, wanted=None, precision=nullcontext, **options):
     """A distillation that learns from a cache, and the cache, filled as a run does it."""
     settings = {"top_k": K, "cache": str(folder), "cache_dtype": "float32", "weight": 0.7} | options
     distillation = Distillation(**settings)
     cache = cache_for(distillation, model, data, "32-true")
     cache.create()
     distillation.teach(model)
-    fill(cache, distillation, data, range(len(data.train_windows)) if wanted is None else wanted)
+    fill(cache, distillation, data, range(len(data.train_windows)) if wanted is None else wanted, None, precision)
     if distillation.needs_gamma:
         first = data.order()[: 2 * BATCH]
         distillation.gamma = cache.confidence(first, [data.train_windows[index]["labels"] for index in first])
@@ -103,6 +104,20 @@ def test_in_float32_training_goes_the_same_way_to_the_bit(tmp_path, data, model,
     found = losses(tmp_path / "b", data, own := copied(model), recorded(data, own, tmp_path / "c", **options)[0])
     assert torch.equal(found[0], true[0])
     assert all(torch.equal(found[1][key], value) for key, value in true[1].items())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_16_bits_of_the_run_are_not_those_of_the_cache(tmp_path, data, model, precision):
+    """Lightning casts what is floating in a batch, and autocast what is multiplied."""
+    mixed = precision == "bf16-mixed"
+    context = partial(torch.autocast, "cpu", torch.bfloat16) if mixed else nullcontext
+    found = []
+    for make in (living, partial(recorded, folder=tmp_path / "c", precision=context)):
+        own = copied(model) if mixed else copied(model).to(torch.bfloat16)
+        made = make(data, own)
+        distillation = made if make is living else made[0]
+        found.append(losses(tmp_path / str(len(found)), data, own, distillation, precision=precision)[0])
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -191,10 +206,11 @@ def test_the_words_are_those_of_the_teacher(tmp_path, data, model):
     expected = top_k_of(logits, K)
     found = cache.window(5)
     assert torch.equal(found["teacher_indices"].long(), expected.indices)
-    torch.testing.assert_close(found["teacher_log_p"], expected.log_p)
-    torch.testing.assert_close(found["teacher_log_p"].exp().sum(-1), torch.ones(TOKENS))
+    log_p = words_of_batch({name: value[None] for name, value in found.items()}).log_p
+    torch.testing.assert_close(log_p, expected.log_p)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(TOKENS))
     copy = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(copy.window(5)["teacher_log_p"], found["teacher_log_p"])
+    assert torch.equal(copy.window(5)["teacher_log_p_bits"], found["teacher_log_p_bits"])
     assert len(pickle.dumps(cache)) < 2000
 
 
@@ -238,7 +254,12 @@ def test_batches_to_calibrate_with_have_tokens_only(tmp_path, data, model):
     recorded(data, copied(model), tmp_path / "c")
     assert next(iter(data.calibration_dataloader())).keys() == {"input_ids", "labels"}
     assert next(iter(data.val_dataloader())).keys() == {"input_ids", "labels"}
-    assert next(iter(data.train_dataloader())).keys() == {"input_ids", "labels", "teacher_indices", "teacher_log_p"}
+    assert next(iter(data.train_dataloader())).keys() == {
+        "input_ids",
+        "labels",
+        "teacher_indices",
+        "teacher_log_p_bits",
+    }
 
 
 def test_other_settings_are_refused_by_name(tmp_path, data, model, text_file):
