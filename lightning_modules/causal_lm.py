@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation import Distillation
+from lightning_modules.distillation.objective import split
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.freezing import freeze
 from lightning_modules.loss import HeadLoss, head_loss
@@ -122,7 +124,8 @@ class CausalLMModule(pl.LightningModule):
         hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation)
+        batch, words = split(batch)
+        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation, words)
         self.watch.see(loss, partial(self._explain, loss.detach(), batch, self.global_step))
         self.log("train/loss", loss.detach())
         return loss
@@ -203,8 +206,10 @@ class CausalLMModule(pl.LightningModule):
             raise InputError(f"The optimizer or its scheduler refused an option: {error}.") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _distilled(self, batch: dict[str, Tensor], distillation: Distillation) -> Tensor:
-        lesson = distillation.lesson(batch)  # of the teacher, whose blocks are not compiled
+    def _distilled(
+        self, batch: dict[str, Tensor], distillation: Distillation, words: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        lesson = distillation.lesson(batch, words)  # of the teacher, whose blocks are not compiled
         with self._forward_pass():
             loss, measured = distillation.loss(batch, lesson, self._cross_entropy)
         self.log_dict({f"train/{name}": value for name, value in measured.items()})

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.data import CausalLMDataModule
+from lightning_modules.distillation import Distillation
+from lightning_modules.distillation.fill import fill
+from lightning_modules.distillation.recording import cache_for, windows_needed
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.models import LoadedModel, load_hf
 from lightning_modules.report import Report, plot_training
@@ -68,7 +72,7 @@ class Job:
         self.console = Console()
         self.folder = Path(cfg.paths.output_dir)
         self.loaded: LoadedModel = instantiate(cfg.model)
-        self.data: pl.LightningDataModule = instantiate(cfg.data, tokenizer=self.loaded.tokenizer)
+        self.data: CausalLMDataModule = instantiate(cfg.data, tokenizer=self.loaded.tokenizer)
         _check_fit(self.loaded, cfg.data.sequence_length)
         self.data.setup()
         self.module: CausalLMModule = instantiate(cfg.module, model=self.loaded.model)
@@ -194,12 +198,39 @@ class Job:
         if distillation is None:
             return
         self.model.to(self.trainer.strategy.root_device)
+        measured = distillation.needs_gamma
+        if distillation.cache is not None:
+            self._recall(distillation)
+        else:
+            self._call_teacher(distillation)
+            if measured:
+                with self.trainer.precision_plugin.forward_context():
+                    distillation.measure(self._calibration_batches())
+        if measured:
+            gamma = distillation.gamma
+            self._say(f"teacher: gives the next token a probability of {gamma:.3f} on average (distill.gamma)")
+
+    def _call_teacher(self, distillation: Distillation) -> None:
         distillation.teach(self.model, self.loaded.tokenizer)
         self._say(f"teacher: {distillation.name or f'{self.loaded.name}, as it is now'}")
+
+    def _recall(self, distillation: Distillation) -> None:
+        """Have the teacher's words for all windows that will be seen on disk, and learn from these."""
+        calibration = self.cfg.calibration_batches if distillation.needs_gamma else 0
+        cache = cache_for(distillation, self.model, self.data, str(self.trainer.precision))
+        self._once(cache.create)
+        wanted = windows_needed(self.data, self.trainer, calibration)
+        if cache.lacks(wanted):
+            self._call_teacher(distillation)
+            precision = self.trainer.precision_plugin.forward_context
+            fill(cache, distillation, self.data, wanted, self.console, precision)
+            self.trainer.strategy.barrier()
+        self._say(f"teacher: its words for {len(wanted)} windows are in {cache.folder}")
         if distillation.needs_gamma:
-            with self.trainer.precision_plugin.forward_context():
-                gamma = distillation.measure(self._calibration_batches())
-            self._say(f"teacher: gives the next token a probability of {gamma:.3f} on average (distill.gamma)")
+            first = self.data.order()[: calibration * self.data.batch_size]
+            distillation.gamma = cache.confidence(first, [self.data.train_windows[index]["labels"] for index in first])
+        distillation.recall()
+        self.data.beside = cache.window
 
     def _shrink(self) -> None:
         """Remove parts of the model; a resumed run takes up what it had left, since checkpoints hold tensors only."""

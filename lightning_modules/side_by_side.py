@@ -29,8 +29,7 @@ class SideBySide:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        if cfg.accelerator not in _ACCELERATORS:
-            raise InputError(f"accelerator is '{cfg.accelerator}': choose auto or cpu.")
+        check_accelerator(cfg.accelerator)
         for key, least in (("seed", 0), ("threads", 1)):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < least):
                 raise InputError(f"{key} is {cfg[key]}; it is a whole number from {least} on.")
@@ -62,8 +61,23 @@ class SideBySide:
         yield from self.artifacts()
 
     def _placed(self, loaded: LoadedModel) -> LoadedModel:
-        on_gpu = self._cfg.accelerator == "auto" and torch.cuda.is_available()
-        return loaded._replace(model=loaded.model.to("cuda" if on_gpu else "cpu").eval())
+        return placed(loaded, self._cfg.accelerator)
+
+
+def check_accelerator(accelerator: str) -> None:
+    """Refuse what is no `accelerator`.
+
+    Raises:
+        InputError: if so.
+    """
+    if accelerator not in _ACCELERATORS:
+        raise InputError(f"accelerator is '{accelerator}': choose auto or cpu.")
+
+
+def placed(loaded: LoadedModel, accelerator: str) -> LoadedModel:
+    """A model in evaluation mode on a GPU, if there is one and `accelerator` is `auto`."""
+    on_gpu = accelerator == "auto" and torch.cuda.is_available()
+    return loaded._replace(model=loaded.model.to("cuda" if on_gpu else "cpu").eval())
 
 
 def bits_of(loaded: LoadedModel, packed: bool) -> float:

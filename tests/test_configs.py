@@ -11,7 +11,12 @@ from omegaconf import OmegaConf, open_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPTIONS = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
-REQUIRED = {"model/hf": ["model.name=x"], "data/text": ["data.path=x"], "data/hub": ["data.name=x"]}
+REQUIRED = {
+    "model/hf": ["model.name=x"],
+    "data/text": ["data.path=x"],
+    "data/generated": ["data.path=x"],
+    "data/hub": ["data.name=x"],
+}
 
 
 def composed(tmp_path, *overrides):

@@ -1,7 +1,7 @@
 """LightningDataModules for causal language models."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_modules.data.rows import Row, hub_rows, read_rows, text_files
-from lightning_modules.data.windows import ResumableSampler, Windows, WindowStream, cached_tokens
+from lightning_modules.data.windows import Accompanied, ResumableSampler, Windows, WindowStream, cached_tokens
 from qat.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -31,6 +31,10 @@ class CausalLMDataModule(pl.LightningDataModule):
         seed: of the order.
         cache_dir: where tokens are kept between runs.
         num_workers: processes that load batches.
+
+    Attributes:
+        beside: called with the number of a training window, gives what a training batch holds beside its tokens; None:
+            nothing. Batches to calibrate with never have it.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class CausalLMDataModule(pl.LightningDataModule):
         self.seed, self.cache_dir, self.num_workers = seed, cache_dir, num_workers
         self.train_windows: Dataset[Batch] | None = None
         self.held_out: Dataset[Batch] | None = None
+        self.beside: Callable[[int], Batch] | None = None
         self._resume_at: tuple[int, int] | None = None
 
     @abstractmethod
@@ -69,13 +74,23 @@ class CausalLMDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The share that this process has of the training windows."""
-        return self._train_loader(*self._share())
+        return self._train_loader(*self._share(), self.beside)
 
     def calibration_dataloader(self) -> DataLoader[Batch]:
         """The same training windows in every process, so that all find the same scales."""
         return self._train_loader(0, 1)
 
-    def _train_loader(self, rank: int, world_size: int) -> DataLoader[Batch]:
+    def order(self) -> list[int]:
+        """The numbers of all training windows as the first epoch of one process goes through them.
+
+        Of several processes each takes the next one in turn.
+        """
+        self.setup()
+        return list(ResumableSampler(len(self.train_windows), self.seed))  # type: ignore[arg-type]
+
+    def _train_loader(
+        self, rank: int, world_size: int, beside: Callable[[int], Batch] | None = None
+    ) -> DataLoader[Batch]:
         self.setup()
         assert self.train_windows is not None
         if isinstance(self.train_windows, WindowStream):
@@ -92,7 +107,8 @@ class CausalLMDataModule(pl.LightningDataModule):
         if self._resume_at is not None:
             epoch, batches = self._resume_at
             sampler.resume_at = (epoch, batches * self.batch_size)
-        return self._loader(self.train_windows, self.batch_size, sampler=sampler, drop_last=True)
+        windows = self.train_windows if beside is None else Accompanied(self.train_windows, beside)
+        return self._loader(windows, self.batch_size, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         self.setup()
@@ -142,7 +158,7 @@ class TextDataModule(CausalLMDataModule):
         self.path, self.val_path, self.val_share = path, val_path, val_share
 
     def make_windows(self) -> tuple[Dataset[Batch], Dataset[Batch]]:
-        train = self._read(self.path, "training text")
+        train = self._read_train()
         if self.val_path is not None:
             return train, self._read(self.val_path, "evaluation text")
         kept = len(train) - max(1, round(len(train) * self.val_share))
@@ -152,6 +168,9 @@ class TextDataModule(CausalLMDataModule):
                 "evaluate on: give more text, a smaller data.sequence_length, or data.val_path."
             )
         return Subset(train, range(kept)), Subset(train, range(kept, len(train)))
+
+    def _read_train(self) -> Windows:
+        return self._read(self.path, "training text")
 
     def _read(self, path: str, name: str) -> Windows:
         files = text_files(path)

@@ -18,7 +18,7 @@ from qat.atomic import replaced_file
 from qat.errors import InputError
 
 IGNORED = -100  # the label that cross entropy skips
-_NOT_LEARNED = np.uint32(1 << 31)
+NOT_LEARNED = np.uint32(1 << 31)  # set on tokens that are read but not learned
 _ENCODING = 2  # raised when rows are turned into tokens in another way, so that cached tokens are not reused
 
 
@@ -46,6 +46,24 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return as_example(self.tokens[index * self.length : (index + 1) * self.length])
+
+
+class Accompanied(Dataset[dict[str, Tensor]]):
+    """Windows, each with something of its own beside its tokens.
+
+    Args:
+        windows: of tokens.
+        beside: called with the number of a window.
+    """
+
+    def __init__(self, windows: Dataset[dict[str, Tensor]], beside: Callable[[int], dict[str, Tensor]]) -> None:
+        self.windows, self.beside = windows, beside
+
+    def __len__(self) -> int:
+        return len(self.windows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.windows[index] | self.beside(index)
 
 
 class WindowStream(IterableDataset[dict[str, Tensor]]):
@@ -115,8 +133,8 @@ class ResumableSampler(Sampler[int]):
 
 def as_example(window: np.ndarray) -> dict[str, Tensor]:
     """`input_ids` and `labels` `[length]`; tokens that are not learned have the label -100."""
-    ids = (window & ~_NOT_LEARNED).astype(np.int64)
-    labels = np.where(window & _NOT_LEARNED, IGNORED, ids)
+    ids = (window & ~NOT_LEARNED).astype(np.int64)
+    labels = np.where(window & NOT_LEARNED, IGNORED, ids)
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
@@ -124,7 +142,7 @@ def encode_tokens(row: Row, tokenizer: Any) -> np.ndarray:
     """One row as uint32 tokens."""
     encoded = encode_row(row, tokenizer)
     ids = np.asarray(encoded.ids, dtype=np.uint32)
-    return np.where(np.asarray(encoded.learned, dtype=bool), ids, ids | _NOT_LEARNED)
+    return np.where(np.asarray(encoded.learned, dtype=bool), ids, ids | NOT_LEARNED)
 
 
 def cached_tokens(rows: Iterable[Row], tokenizer: Any, identity: Any, cache_dir: str | Path) -> np.ndarray:
@@ -133,7 +151,7 @@ def cached_tokens(rows: Iterable[Row], tokenizer: Any, identity: Any, cache_dir:
     Args:
         identity: JSON-able; what the rows depend on (files, their sizes and times). The tokenizer is added.
     """
-    key = hashlib.sha256(json.dumps([_ENCODING, identity, _identity_of(tokenizer)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([_ENCODING, identity, tokenizer_identity(tokenizer)]).encode()).hexdigest()[:16]
     path = Path(cache_dir).expanduser() / "tokens" / f"{key}.npy"
     if not path.is_file():
         parts = [encode_tokens(row, tokenizer) for row in rows]
@@ -143,7 +161,7 @@ def cached_tokens(rows: Iterable[Row], tokenizer: Any, identity: Any, cache_dir:
     return np.load(path, mmap_mode="r")
 
 
-def _identity_of(tokenizer: Any) -> list[str]:
+def tokenizer_identity(tokenizer: Any) -> list[str]:
     """Everything about `tokenizer` that tokens depend on."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.dumps(sorted(tokenizer.get_vocab().items())) if fast is None else fast.to_str()

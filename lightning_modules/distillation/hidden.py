@@ -26,7 +26,10 @@ def normalised_error(own: Tensor, theirs: Tensor, counts: Tensor) -> Tensor:
 
 
 class HiddenStates:
-    """The mean of `normalised_error` over the outputs of blocks ("Patient Knowledge Distillation", arXiv 1908.09355).
+    """The mean of `normalised_error` over the outputs of blocks.
+
+    "Patient Knowledge Distillation for BERT Model Compression" (arXiv 1908.09355) divides both states by their own
+    norms; here only the teacher's divides, so that the student learns lengths too.
 
     Args:
         weight: what it is multiplied by; 0: off.

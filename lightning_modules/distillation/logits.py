@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation.divergences import Divergence
-from lightning_modules.distillation.top_k import TopK
+from lightning_modules.distillation.top_k import TopK, top_k_of
 from lightning_modules.head import AS_IS, Shape
 from qat.kernels.logits.reference import shaped
 
@@ -49,18 +49,18 @@ class LogitLoss:
     teacher_shape: Shape = AS_IS
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, z_teacher: Tensor, targets: Tensor, with_gradient: bool = True) -> Losses:
+    def __call__(self, z: Tensor, teacher: Tensor | TopK, targets: Tensor, with_gradient: bool = True) -> Losses:
         """The losses of rows of logits.
 
         Args:
-            z, z_teacher: outputs of the heads `[rows, vocabulary]`, overwritten.
+            z: outputs of the head `[rows, vocabulary]`, overwritten.
+            teacher: those of the teacher's, overwritten; or its words, at this temperature.
             targets: the next tokens `[rows]`; rows whose target is -100 have loss and gradient 0.
         """
         counts, dtype = targets != IGNORED, z.dtype
         v, slope = shaped(z, *self.shape)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
-        v_teacher = shaped(z_teacher, *self.teacher_shape)[0].to(v.dtype)
-        divergences, of_divergence = self._divergence(v, v_teacher)
+        divergences, of_divergence = self._divergence(v, teacher)
         log_q = F.log_softmax(v, -1)
         target = torch.where(counts, targets, 0)[:, None]
         cross_entropies = torch.where(counts, -log_q.gather(-1, target)[:, 0], 0)
@@ -75,12 +75,20 @@ class LogitLoss:
         # Selected, not multiplied: what does not count is 0 whatever its logits are.
         return Losses(cross_entropies, divergences, gradient.masked_fill_(~counts[:, None], 0).to(dtype))
 
-    def _divergence(self, v: Tensor, v_teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _divergence(self, v: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
         """D of each row, and its gradient with respect to v / T."""
-        a, b = (v, v_teacher) if self.temperature == 1 else (v / self.temperature, v_teacher / self.temperature)
+        a = self._tempered(v)
+        if isinstance(teacher, TopK):
+            return self._of_few(a, teacher)
+        b = self._tempered(shaped(teacher, *self.teacher_shape)[0].to(v.dtype))
         if self.top_k is None or self.top_k == v.shape[-1]:
             return self.divergence(F.log_softmax(b, -1), F.log_softmax(a, -1))
-        words = TopK(b, self.top_k)
+        return self._of_few(a, top_k_of(b, self.top_k))
+
+    def _of_few(self, a: Tensor, words: TopK) -> tuple[Tensor, Tensor]:
         few, rest = words.few(a)
-        losses, gradient = self.divergence(F.log_softmax(words.few(b)[0], -1), F.log_softmax(few, -1))
+        losses, gradient = self.divergence(words.log_p_as(a.dtype), F.log_softmax(few, -1))
         return losses, words.back(gradient, few, rest)
+
+    def _tempered(self, v: Tensor) -> Tensor:
+        return v if self.temperature == 1 else v / self.temperature

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.windows import IGNORED
-from lightning_modules.distillation.chunked import Linear, Sums, at_heads, of_logits
+from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P, words_of_batch
+from lightning_modules.distillation.chunked import Sums, at_heads, of_logits
 from lightning_modules.distillation.divergences import divergence_of, forward_kl
 from lightning_modules.distillation.logits import LogitLoss
+from lightning_modules.distillation.said import Said, chunk_of, head_inputs, proven_head, said_by
 from lightning_modules.distillation.teacher import confidence, make_teacher, share_frozen, vocabulary
 from lightning_modules.distillation.watched import outputs_of
-from lightning_modules.head import Head
+from lightning_modules.head import AS_IS, Head
 from lightning_modules.loss import next_tokens
-from qat.errors import InputError
+from qat.errors import InputError, nearest
 from qat.options import require_whole, require_within
 
 Batch = Mapping[str, Tensor]
-# Several tensors of a chunk's logits exist at once: together they take about as much as the gradient of the head.
-_CHUNKS_OF_A_HEAD = 4
+_WORDS = (INDICES, LOG_P)
 
 
 class Term(Protocol):
@@ -36,20 +37,23 @@ class Term(Protocol):
 
 
 class Lesson(NamedTuple):
-    """What the teacher says of a batch: its head's inputs, or its logits, or neither; and outputs inside of it."""
+    """What the teacher says of a batch, if logits are compared, and outputs inside of it."""
 
-    head: Linear | None
-    logits: Tensor | None
+    said: Said | None
     inside: Mapping[nn.Module, Tensor]
 
 
 @dataclass
 class _Fit:
-    """What holds for one fit: the models, their heads where they are proven, and what is watched in both."""
+    """What holds for one fit: the student, the heads where they are proven, and what is watched in both.
+
+    Without the student's head whole logits are compared, and the teacher's is not used either.
+    """
 
     student: Any
     logit_loss: LogitLoss
-    heads: tuple[Head, Head] | None
+    head: Head | None
+    teacher_head: Head | None
     pairs: dict[str, list[tuple[nn.Module, nn.Module]]]
 
 
@@ -67,6 +71,9 @@ class Distillation:
         top_k: how many words of the teacher's are told apart, see `TopK`; None: all.
         beta: of jsd.
         gamma: of cakld; None measures it with the teacher, see `measure`.
+        cache: a folder for the teacher's `top_k` words of every training window, which then teach in its place: see
+            `recall`. None: the teacher reads every batch.
+        cache_dtype: of their logarithmic probabilities there.
         hidden, attention: terms inside of the models; weight 0 is off.
 
     Raises:
@@ -83,6 +90,8 @@ class Distillation:
         top_k: int | None = None,
         beta: float = 0.5,
         gamma: float | None = None,
+        cache: str | None = None,
+        cache_dtype: str = "float16",
         hidden: Term | None = None,
         attention: Term | None = None,
     ) -> None:
@@ -91,14 +100,20 @@ class Distillation:
             raise InputError(f"distill.temperature is {temperature}; it divides logits: set it to 1, or to 2.")
         if top_k is not None:
             require_whole("distill.top_k", top_k, 100)
+        self.name, self.dtype, self.weight, self.temperature, self.top_k = teacher, dtype, weight, temperature, top_k
         self.terms = {name: term for name, term in (("hidden", hidden), ("attention", attention)) if term is not None}
         self.terms = {name: term for name, term in self.terms.items() if term.weight}
         if not weight and not self.terms:
             raise InputError("distill.weight is 0 and no other term is on, so nothing is distilled: set it to 0.5.")
+        if cache_dtype not in CACHE_DTYPES:
+            raise InputError(f"distill.cache_dtype is '{cache_dtype}'.{nearest(str(cache_dtype), CACHE_DTYPES)}")
+        if cache is not None:
+            self._check_cached()
         divergence_of(divergence, beta, 0.5 if gamma is None else gamma)  # refused now, not after the model is loaded
-        self.name, self.dtype, self.weight, self.temperature, self.top_k = teacher, dtype, weight, temperature, top_k
         self.divergence, self.beta, self.gamma = divergence, beta, gamma
+        self.cache, self.cache_dtype = cache, cache_dtype
         self.teacher: nn.Module | None = None
+        self._recalls = False
         self._fit: _Fit | None = None
 
     @property
@@ -125,6 +140,10 @@ class Distillation:
         self.gamma = confidence(self._taught(), batches)
         return self.gamma
 
+    def recall(self) -> None:
+        """Learn from the words of a `TeacherCache` from now on, which come with every batch; the teacher is let go."""
+        self.teacher, self._recalls = None, True
+
     def start(self, student: nn.Module, at_heads: bool = True, compiled: bool = False) -> None:
         """Get ready to train `student`, as transforms left it, on its device.
 
@@ -135,7 +154,7 @@ class Distillation:
         Raises:
             InputError: if there is no teacher, or a term does not fit the models.
         """
-        teacher = self._taught()
+        teacher = None if self._recalls else self._taught()
         if self.needs_gamma:
             raise InputError("distill.gamma is not known: call measure(batches) after teach(model), or set it to 0.5.")
         if compiled and self.terms:
@@ -143,25 +162,39 @@ class Distillation:
                 f"distill.{next(iter(self.terms))} looks into blocks, which compiled ones do not show: set "
                 "module.compile=null, or its weight to 0."
             )
-        teacher.to(next(student.parameters()).device)
-        share_frozen(teacher, student)
-        heads = _proven_heads(student, teacher) if at_heads and self.weight else None
-        pairs = {name: term.pairs(student, teacher) for name, term in self.terms.items()}
-        self._fit = _Fit(student, self._logit_loss(heads), heads, pairs)
+        head = proven_head(student) if at_heads and self.weight else None
+        teacher_head, pairs = None, {}
+        if teacher is not None:
+            teacher.to(next(student.parameters()).device)
+            share_frozen(teacher, student)
+            teacher_head = None if head is None else proven_head(teacher)
+            head = None if teacher_head is None else head
+            pairs = {name: term.pairs(student, teacher) for name, term in self.terms.items()}
+        self._fit = _Fit(student, self._logit_loss(head, teacher_head), head, teacher_head, pairs)
 
     def stop(self) -> None:
         """Forget the student; the teacher stays."""
         self._fit = None
 
     @torch.no_grad()
-    def lesson(self, batch: Batch) -> Lesson:
-        """What the teacher says of `batch`."""
-        fit, teacher, inputs = self._started(), self._taught(), _without_labels(batch)
+    def lesson(self, batch: Batch, words: Mapping[str, Tensor] | None = None) -> Lesson:
+        """What the teacher says of `batch`.
+
+        Args:
+            words: what a cache has beside it, see `split`.
+
+        Raises:
+            InputError: if they are to be learned from, and missing.
+        """
+        fit = self._started()
+        if self._recalls:
+            if not words:
+                raise InputError("A batch has no words of the teacher: set data.beside = cache.window.")
+            return Lesson(words_of_batch(words), {})
+        teacher, inputs = self._taught(), _without_labels(batch)
         with outputs_of([theirs for pairs in fit.pairs.values() for _, theirs in pairs]) as inside:
-            if fit.heads is not None:
-                return Lesson(_head_inputs(fit.heads[1], inputs), None, inside)
-            logits = teacher(**inputs, use_cache=False).logits
-        return Lesson(None, logits if self.weight else None, inside)
+            said = said_by(teacher, fit.teacher_head, inputs)
+        return Lesson(said if self.weight else None, inside)
 
     def loss(
         self, batch: Batch, lesson: Lesson, cross_entropy: Callable[[Batch], Tensor]
@@ -188,13 +221,13 @@ class Distillation:
     def _loss_of_logits(self, fit: _Fit, batch: Batch, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
         targets = next_tokens(batch["labels"])
         count = (targets != IGNORED).sum().clamp(min=1)
-        if fit.heads is None or lesson.head is None:
+        if fit.head is None:
             total, sums = self._of_whole_logits(fit, batch, lesson, targets, count)
         else:
-            student = _head_inputs(fit.heads[0], _without_labels(batch))
-            chunk = max(1, student.x.shape[-1] // _CHUNKS_OF_A_HEAD)
+            assert lesson.said is not None
+            student = head_inputs(fit.head, _without_labels(batch))
             with torch.profiler.record_function("loss"):
-                total, sums = at_heads(student, lesson.head, targets, chunk, fit.logit_loss)
+                total, sums = at_heads(student, lesson.said, targets, chunk_of(fit.student), fit.logit_loss)
         measured = {"cross_entropy": sums.cross_entropy / count, "divergence": sums.divergence / count}
         return total / count, measured
 
@@ -202,22 +235,33 @@ class Distillation:
         self, fit: _Fit, batch: Batch, lesson: Lesson, targets: Tensor, count: Tensor
     ) -> tuple[Tensor, Sums]:
         """The same for heads that are more than a product: the model's own loss and its own logits."""
-        assert lesson.logits is not None
+        assert lesson.said is not None
         output = fit.student(**batch, use_cache=False)
-        z, z_teacher = output.logits.flatten(0, 1), lesson.logits.flatten(0, 1)
-        chunk = max(1, fit.student.config.hidden_size // _CHUNKS_OF_A_HEAD)
-        total, sums = of_logits(z, z_teacher, targets, chunk, fit.logit_loss)
+        z = output.logits.flatten(0, 1)
+        total, sums = of_logits(z, lesson.said, targets, chunk_of(fit.student), fit.logit_loss)
         if self.weight == 1:
             return total, sums
         # The model's mean over no token is NaN.
         own = torch.where((targets != IGNORED).any(), output.loss, 0)
         return self.weight * total + (1 - self.weight) * own * count, sums
 
-    def _logit_loss(self, heads: tuple[Head, Head] | None) -> LogitLoss:
+    def _logit_loss(self, head: Head | None, teacher_head: Head | None) -> LogitLoss:
         divergence = divergence_of(self.divergence, self.beta, self.gamma) if self.weight else forward_kl
-        if heads is None:  # logits are what they will be, and the model's own loss is the cross entropy
+        if head is None:  # logits are what they will be, and the model's own loss is the cross entropy
             return LogitLoss(divergence, 1.0, self.temperature, self.top_k)
-        return LogitLoss(divergence, self.weight, self.temperature, self.top_k, heads[0].shape, heads[1].shape)
+        theirs = AS_IS if teacher_head is None else teacher_head.shape
+        return LogitLoss(divergence, self.weight, self.temperature, self.top_k, head.shape, theirs)
+
+    def _check_cached(self) -> None:
+        """Refuse what needs more of the teacher than its words."""
+        if self.top_k is None:
+            raise InputError("distill.cache keeps some words of the teacher's for each token: set distill.top_k=100.")
+        if self.terms:
+            name = next(iter(self.terms))
+            raise InputError(
+                f"distill.{name} looks into the teacher, of which distill.cache keeps words only: set "
+                f"distill.{name}.weight=0, or distill.cache=null."
+            )
 
     def _taught(self) -> nn.Module:
         if self.teacher is None:
@@ -230,18 +274,12 @@ class Distillation:
         return self._fit
 
 
-def _proven_heads(student: nn.Module, teacher: nn.Module) -> tuple[Head, Head] | None:
-    """The heads of both, where each is proven to make its model's logits."""
-    try:
-        return Head(student, "distill", ""), Head(teacher, "distill", "")
-    except InputError:
-        return None
-
-
-def _head_inputs(head: Head, inputs: Batch) -> Linear:
-    """What `head` multiplies, all tokens of the batch one after the other."""
-    x, weight = head.inputs(inputs)
-    return Linear(x.flatten(0, 1), weight, head.linear.bias)
+def split(batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What of a batch is the model's, and what is the teacher's."""
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    for name, value in batch.items():
+        parts[name in _WORDS][name] = value
+    return parts
 
 
 def _without_labels(batch: Batch) -> dict[str, Tensor]:

@@ -68,6 +68,9 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> int:
 def confidence(teacher: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """The mean probability that `teacher` gives to the next token, over all that are learned: BitDistiller's gamma.
 
+    The code that its authors published (arXiv 2402.10631) takes the probability of the likeliest token instead, which
+    is at least as large.
+
     Raises:
         InputError: if no token of `batches` is learned.
     """

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_modules.distillation.chunked import Linear, at_heads, of_logits
+from lightning_modules.distillation.chunked import at_heads, of_logits
 from lightning_modules.distillation.divergences import DIVERGENCES
+from lightning_modules.distillation.said import Linear, Logits
 from tests.lightning_modules.distillation.test_divergences import OPTIONS, loss_of, plain
 
 TOKENS, IN, IN_TEACHER, VOCABULARY = 11, 6, 8, 23
@@ -54,7 +55,7 @@ def test_gradcheck(name):
     student, teacher, targets = inputs()
     loss = loss_of(name, **OPTIONS["everything"])
     z, z_teacher = (F.linear(*head).detach() for head in (student, teacher))
-    assert torch.autograd.gradcheck(lambda z: of_logits(z, z_teacher, targets, 4, loss)[0], z.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: of_logits(z, Logits(z_teacher), targets, 4, loss)[0], z.requires_grad_())
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -64,7 +65,7 @@ def test_logits_that_are_there_give_the_same(name):
     expected, sums = at_heads(student, teacher, targets, 4, loss)
     z, z_teacher = F.linear(*student).requires_grad_(), F.linear(*teacher)
     before = z.detach().clone(), z_teacher.clone()
-    found, own = of_logits(z, z_teacher, targets, 3, loss)
+    found, own = of_logits(z, Logits(z_teacher), targets, 3, loss)
     found.backward()
     torch.testing.assert_close(found.detach(), expected)
     torch.testing.assert_close(own.divergence, sums.divergence)

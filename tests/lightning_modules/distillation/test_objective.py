@@ -54,7 +54,7 @@ def check(model, distillation, **expected_options):
     true = gradients(model, expected)
     for at_heads in (True, False):
         distillation.start(model, at_heads)
-        assert (distillation._started().heads is not None) == at_heads
+        assert (distillation._started().head is not None) == at_heads
         found = gradients(model, lambda: loss_of(distillation, data))
         assert found.keys() == true.keys()
         for name, value in true.items():
@@ -92,7 +92,7 @@ def test_heads_that_are_more_than_a_product_give_whole_logits(make):
         distillation.teach(model)
         model_before, data = qat.prepare(model, qat.Scheme(weight=LSQ3)).eval(), batch()
     distillation.start(model_before)
-    assert distillation._started().heads is None
+    assert distillation._started().head is None
     output = model_before(**data)
     theirs = distillation.teacher(input_ids=data["input_ids"]).logits.flatten(0, 1)
     targets = F.pad(data["labels"], (0, 1), value=-100)[:, 1:].flatten()

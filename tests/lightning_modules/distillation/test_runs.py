@@ -54,6 +54,37 @@ def test_a_resumed_run_ends_with_the_same_bits(shell):
 
 
 @pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("teacher", [False, True], ids=["itself", "another teacher"])
+def test_a_cache_is_computed_once_and_teaches_the_same(shell, tiny_folder, teacher):
+    own = [f"distill.teacher={tiny_folder}"] if teacher else []
+    options = [*DISTILL, *own, "distill.top_k=8", "data.batch_size=2", "trainer.accumulate_grad_batches=2"]
+    cached = [*options, "distill.cache=words", "distill.cache_dtype=float32"]
+    shell.run(*options, "hydra.run.dir=living")
+    first = shell.run(*cached, "hydra.run.dir=first")
+    second = shell.run(*cached, "hydra.run.dir=second")
+    said = f"teacher: {tiny_folder if teacher else f'{tiny_folder}, as it is now'}"
+    assert said in first
+    assert said not in second  # it is neither loaded nor copied
+    for output in (first, second):
+        assert "teacher: its words for 8 windows are in" in output
+        assert "the same logits as the trained model" in output
+    living, *others = (weights(shell.folder / name) for name in ("living", "first", "second"))
+    assert all(torch.equal(other[name], value) for name, value in living.items() for other in others)
+    more = shell.run("resume=second", "trainer.max_steps=4", defaults=False)
+    assert said in more
+    assert "its words for 16 windows are in" in more
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_cache_measures_gamma_and_refuses_another_precision(shell):
+    options = ["method=distill", "distill.divergence=cakld", "distill.top_k=8", "distill.cache=words", "debug=fast"]
+    output = shell.run(*options, "trainer.precision=bf16-mixed", "hydra.run.dir=run")
+    assert "gives the next token a probability of 0.0" in output
+    assert "its words for 64 windows" in output  # those of 8 calibration batches, more than the 2 of training
+    assert "with precision bf16-mixed (now 32-true)" in shell.fails(*options)
+
+
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -68,6 +99,8 @@ def test_a_resumed_run_ends_with_the_same_bits(shell):
         (["distill=minilm", "transforms=awq"], "set distill.attention.weight=0"),
         (["method=distill", "distill.hidden.layers=[5]", "distill.hidden.weight=1"], "the blocks are 0 to 1"),
         (["distill=minilm", "module.compile=aot_eager"], "module.compile=null"),
+        (["method=distill", "distill.cache=words"], "set distill.top_k=100"),
+        (["distill=minilm", "distill.cache=words", "distill.top_k=8"], "set distill.attention.weight=0, or"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
