@@ -88,7 +88,7 @@ def test_a_cache_measures_gamma_and_refuses_another_precision(shell):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["method=ptq", "distill=logits"], "method=ptq does not train: take method=distill"),
+        (["method=ptq", "distill=logits"], "method=ptq does not train: add distill=none, or take"),
         (["method=distill", "distill=none"], "leave out distill=none, or take method=qat"),
         (["method=distill", "distill.divergence=revers_kl"], "Did you mean 'reverse_kl'"),
         (["method=distill", "distill.temperature=0"], "distill.temperature is 0"),
