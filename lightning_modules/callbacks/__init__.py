@@ -2,6 +2,7 @@
 
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
+from lightning_modules.callbacks.oscillation import OscillationDampening, OscillationFreezing
 from lightning_modules.callbacks.profile import Profile
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.prune import PruneSchedule
@@ -14,6 +15,8 @@ __all__ = [
     "CodebookRefresh",
     "GracefulStop",
     "LastCheckpoint",
+    "OscillationDampening",
+    "OscillationFreezing",
     "Profile",
     "ProgressBar",
     "PruneSchedule",
