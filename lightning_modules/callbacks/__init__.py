@@ -1,5 +1,6 @@
 """Callbacks: what a run watches and how it reports."""
 
+from lightning_modules.callbacks.average import WeightEMA
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.oscillation import OscillationDampening, OscillationFreezing
@@ -25,4 +26,5 @@ __all__ = [
     "SoftKMeans",
     "StepSeed",
     "Stopped",
+    "WeightEMA",
 ]
