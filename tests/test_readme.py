@@ -29,7 +29,9 @@ def commands():
 
 def overrides(command):
     words = shlex.split(command)[2:]
-    return [word if "=[" in word else word.partition(",")[0] for word in words if not word.startswith("-")]
+    return [
+        word if "=[" in word or "={" in word else word.partition(",")[0] for word in words if not word.startswith("-")
+    ]
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))

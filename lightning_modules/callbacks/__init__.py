@@ -4,6 +4,7 @@ from lightning_modules.callbacks.average import WeightEMA
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.oscillation import OscillationDampening, OscillationFreezing
+from lightning_modules.callbacks.precision import PrecisionSchedule
 from lightning_modules.callbacks.profile import Profile
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.prune import PruneSchedule
@@ -18,6 +19,7 @@ __all__ = [
     "LastCheckpoint",
     "OscillationDampening",
     "OscillationFreezing",
+    "PrecisionSchedule",
     "Profile",
     "ProgressBar",
     "PruneSchedule",

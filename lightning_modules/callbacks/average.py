@@ -8,6 +8,7 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_modules.callbacks.precision import PrecisionSchedule
 from qat.errors import InputError
 from qat.quantizers.mask import Masked
 from qat.transforms.masks import hold_masks_of
@@ -67,6 +68,13 @@ class WeightEMA(WeightAveraging):
                 f"callbacks.average starts after step {self.start_step}, the training ends after {steps}: lower its "
                 "start_step."
             )
+        for schedule in (c for c in trainer.callbacks if self.decay is not None and isinstance(c, PrecisionSchedule)):
+            last = schedule.last_change(steps)
+            if self.start_step < last:
+                raise InputError(
+                    f"callbacks.average would mix scales of grids that callbacks.precision changes until step {last}: "
+                    f"set callbacks.average.start_step={last}."
+                )
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if self._average_model is None or step_idx is None or step_idx < self.start_step:
@@ -81,19 +89,23 @@ class WeightEMA(WeightAveraging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._average_model is not None:
+        if self._has_average:
             self._take_buffers(pl_module)
-        super().on_validation_epoch_start(trainer, pl_module)
+            self._swap_models(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_average:
+            self._swap_models(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the weights, which the last checkpoint is still to be written of."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the average take the place of the weights, and forget it: what follows has another shape."""
-        if self._average_model is not None:
+        if self._has_average:
             self._take_buffers(pl_module)
             self._copy_average_to_current(pl_module)
-            self._average_model = None
+        self._average_model = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None:
@@ -116,6 +128,11 @@ class WeightEMA(WeightAveraging):
         if self._average_model is not None:
             hold_masks_of(self._average_model.module, checkpoint["state_dict"])
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    @property
+    def _has_average(self) -> bool:
+        """Whether there is one yet: before `start_step` its Parameters are those that training started from."""
+        return self._average_model is not None and bool(self._average_model.n_averaged > 0)
 
     @torch.no_grad()
     def _take_buffers(self, pl_module: LightningModule) -> None:

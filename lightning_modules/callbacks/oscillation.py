@@ -51,7 +51,7 @@ class OscillationDampening(Callback):
         total = torch.zeros((), device=pl_module.device)
         for weight in self._weights:
             grad = weight.parameter.grad
-            if grad is not None:
+            if grad is not None and weight.quantizer.enabled:
                 value, slope = dampening(weight.quantizer, weight.matrix)
                 total += value
                 grad.add_(weight.layer.from_matrix(weight.name, slope), alpha=strength)
@@ -120,7 +120,8 @@ class OscillationFreezing(Callback):
         threshold = self.threshold_at(trainer.global_step - 1)
         frozen = torch.zeros((), device=pl_module.device)
         for label, weight in self._weights.items():
-            if self._histories[label].format != weight.quantizer.format:
+            # In full precision (callbacks.precision.delay_steps) a weight is on no code yet.
+            if self._histories[label].format != weight.quantizer.format or not weight.quantizer.enabled:
                 self._histories[label] = _begun(weight)
             frozen += self._step(weight, self._histories[label], threshold)
         pl_module.log("train/frozen", frozen / sum(history.codes.numel() for history in self._histories.values()))

@@ -11,7 +11,8 @@ _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_pat
 # Options that say how to quantize, which an arm in full precision does not.
 _OF_THE_SCHEME = (
     *("scheme", "quantizer", "kv", "transforms", "distill"),
-    *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh", "callbacks.dampening", "callbacks.freezing"),
+    *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh"),
+    *("callbacks.dampening", "callbacks.freezing", "callbacks.precision"),
 )
 
 
