@@ -74,7 +74,7 @@ class OscillationFreezing(Callback):
     quantizing all weights once more. `train/frozen` is the share of weights that are frozen.
 
     Args:
-        threshold: share of the steps, in the end; None: nothing is frozen.
+        threshold: share of the steps, in the end; below `momentum`, one turn is enough. None: nothing is frozen.
         start_threshold: in the beginning; None: the same.
         momentum: share of a step in the running means, 0.001 (what float16 resolves) to 1.
     """
