@@ -18,7 +18,7 @@ class OscillationDampening(Callback):
     Adds strength * sum over weights of |w_hat - clip(w)|^2 to the loss, see `qat.quantizers.oscillation.dampening`;
     only w learns from it. The strength rises from 0 to `strength` along half a cosine over the training, because
     weights have to move first. The gradient is added once a step, just before gradients are clipped, so that nothing is
-    kept for a backward pass: it takes the memory of one weight, and the time of quantizing all once more.
+    kept for a backward pass: it takes the memory of one weight, and a few passes over all of them.
     `train/dampening` is what is added to the loss.
 
     Args:
@@ -70,8 +70,8 @@ class OscillationFreezing(Callback):
     `qat.quantizers.oscillation.CodeHistory`. The threshold goes from `start_threshold` to `threshold` along half a
     cosine over the training, so that at first only the worst are frozen. A frozen weight is put back onto its code
     after every step, whatever momentum or weight decay did to it; scales and codebooks go on learning beneath. A grid
-    that changes (`callbacks.precision`) sets it free. It takes 6 bytes a weight, in checkpoints too, and the time of
-    quantizing all weights once more. `train/frozen` is the share of weights that are frozen.
+    that changes (`callbacks.precision`) sets it free. It takes 6 bytes a weight, in checkpoints too, and some
+    twenty passes over bytes and halves of all weights a step. `train/frozen` is the share of weights that are frozen.
 
     Args:
         threshold: share of the steps, in the end; below `momentum`, one turn is enough. None: nothing is frozen.
