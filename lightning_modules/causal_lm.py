@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.clipping import LayerClip, check_clipping
 from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation import Distillation
@@ -59,6 +60,7 @@ class CausalLMModule(pl.LightningModule):
         loss: str = "auto",
         distill: Distillation | Mapping[str, Any] | None = None,
         freeze: Sequence[str] = (),
+        layer_clip: float | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.train()
@@ -76,6 +78,8 @@ class CausalLMModule(pl.LightningModule):
         self.distillation = distill if isinstance(distill, Distillation) else None
         self.frozen = freeze
         self.head_loss: HeadLoss | None = None
+        self.layer_limits = layer_clip
+        self.layer_clip: LayerClip | None = None
         self.watch = FiniteWatch(late=False)
         self._nll = torch.zeros(2, dtype=torch.float64)
 
@@ -88,6 +92,9 @@ class CausalLMModule(pl.LightningModule):
         """What makes training fast is for this fit only: before it the model changes, and what ships has none of it."""
         self.head_loss = head_loss(self.model, self.loss)
         self.watch = FiniteWatch(late=self.device.type != "cpu")
+        if self.layer_limits is not None:
+            check_clipping(self.trainer.gradient_clip_val, self._scales_gradients)
+            self.layer_clip = LayerClip(self.model, self.layer_limits)
         if self.distillation is not None:
             self.distillation.start(self.model, self.loss != "model", self.compile_backend is not None)
         if self.cuda_graphs:
@@ -98,7 +105,7 @@ class CausalLMModule(pl.LightningModule):
             self.codes = ModelStepCodes(self.model)
 
     def on_fit_end(self) -> None:
-        self.head_loss = None
+        self.head_loss = self.layer_clip = None
         if self.distillation is not None:
             self.distillation.stop()
         if self.codes is not None:
@@ -179,19 +186,28 @@ class CausalLMModule(pl.LightningModule):
             InputError: if the norm of the gradients is not finite; on a GPU with the next step, until which a fused
                 optimizer leaves the weights as they are.
         """
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scaled:  # float16: its scaler skips such steps itself
+        if self._scales_gradients:  # float16: its scaler skips such steps itself
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        layers = None if self.layer_clip is None else self.layer_clip.norms()
+        if layers is None:
+            norm = nn.utils.get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        else:
+            norm = torch.linalg.vector_norm(layers)
         self.watch.see(norm, partial(self._explain_gradients, norm, self.global_step))
         skip_unless_finite(optimizer, norm)
         self.log("train/gradient_norm", norm)
-        if gradient_clip_algorithm == "value":
+        if self.layer_clip is not None and layers is not None:
+            self.layer_clip.clip_(layers)
+        elif gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             # Not Lightning's: it refuses to clip for a fused optimizer under autocast, bfloat16 included.
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches

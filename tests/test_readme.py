@@ -11,7 +11,7 @@ from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("schemes", "quantizers", "pruning", "training", "distillation", "evaluation", "comparison")
+NAMES = ("schemes", "quantizers", "pruning", "training", "dynamics", "distillation", "evaluation", "comparison")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 # Its `python train.py` needs the scheme that the command before it wrote.
 PLANNING = ROOT / "docs" / "mixed_precision.md"
@@ -29,7 +29,9 @@ def commands():
 
 def overrides(command):
     words = shlex.split(command)[2:]
-    return [word if "=[" in word else word.partition(",")[0] for word in words if not word.startswith("-")]
+    return [
+        word if "=[" in word or "={" in word else word.partition(",")[0] for word in words if not word.startswith("-")
+    ]
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))

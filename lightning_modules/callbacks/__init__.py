@@ -1,8 +1,11 @@
 """Callbacks: what a run watches and how it reports."""
 
+from lightning_modules.callbacks.average import WeightEMA
 from lightning_modules.callbacks.codebooks import CodebookRefresh, SoftKMeans
 from lightning_modules.callbacks.monitor import QuantizerMonitor
 from lightning_modules.callbacks.nested import NestedBits
+from lightning_modules.callbacks.oscillation import OscillationDampening, OscillationFreezing
+from lightning_modules.callbacks.precision import PrecisionSchedule
 from lightning_modules.callbacks.profile import Profile
 from lightning_modules.callbacks.progress import ProgressBar
 from lightning_modules.callbacks.prune import PruneSchedule
@@ -16,6 +19,9 @@ __all__ = [
     "GracefulStop",
     "LastCheckpoint",
     "NestedBits",
+    "OscillationDampening",
+    "OscillationFreezing",
+    "PrecisionSchedule",
     "Profile",
     "ProgressBar",
     "PruneSchedule",
@@ -24,4 +30,5 @@ __all__ = [
     "SoftKMeans",
     "StepSeed",
     "Stopped",
+    "WeightEMA",
 ]

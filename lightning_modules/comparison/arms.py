@@ -12,6 +12,7 @@ _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_pat
 _OF_THE_SCHEME = (
     *("scheme", "quantizer", "kv", "transforms", "distill"),
     *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh", "callbacks.nested"),
+    *("callbacks.dampening", "callbacks.freezing", "callbacks.precision"),
 )
 
 

@@ -85,8 +85,8 @@ class QuantExperts(_Experts, QuantLayer):
         """`weight` of `module` as a view of one matrix for each expert, `[experts, out, in]`."""
         return weight.mT if _is_transposed(module) else weight
 
-    def write(self, name: str, matrix: Tensor) -> None:
-        getattr(self, name).detach().copy_(self._unflattened(name, matrix))  # a transposed one is no view
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        return self._unflattened(name, matrix)
 
     @staticmethod
     def features(module: Any) -> tuple[int | None, int]:

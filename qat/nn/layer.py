@@ -57,9 +57,13 @@ class QuantLayer(nn.Module, ABC):
         """The weight `name` of `module` as the matrix `[rows, columns]`."""
         return cls.as_matrix(module, getattr(module, name))
 
+    def from_matrix(self, name: str, matrix: Tensor) -> Tensor:
+        """`matrix` in the shape of the weight `name`: the inverse of `as_matrix`."""
+        return matrix.reshape(getattr(self, name).shape)
+
     def write(self, name: str, matrix: Tensor) -> None:
         """Give the weight `name` the values of `matrix`, in place."""
-        self.matrix(self, name).detach().copy_(matrix)
+        getattr(self, name).detach().copy_(self.from_matrix(name, matrix))
 
     @staticmethod
     @abstractmethod

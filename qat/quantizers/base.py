@@ -86,6 +86,37 @@ class Quantizer(Masked, ABC):
         """Hold `params`, which a search found for its view, from now on; whether it is one that can."""
         return False
 
+    @final
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Quantize to other bits from now on, with a grid of the same kind over the range that it spans now.
+
+        With r the width of the old grid over that of the new, in codes, scales become r times what they are and zero
+        points 1/r of it; scales that follow from x do so by themselves. Parameters stay the same objects.
+
+        Raises:
+            InputError: if the grid has these bits only.
+        """
+        format = self.format.with_bits(bits)
+        low, high = self.format.range()
+        new_low, new_high = format.range()
+        if self.rule is None:
+            self.rescale_((high - low) / (new_high - new_low))
+        self.format = format
+        if self.step_codes is not None:
+            self.step_codes.renew()
+
+    def rescale_(self, ratio: float) -> None:
+        """Multiply scales by `ratio` and divide zero points by it, in place.
+
+        Raises:
+            InputError: if this quantizer cannot.
+        """
+        raise InputError(
+            f"The scales of {type(self).__name__} are for {self.format.bits} bits only: take "
+            "quantizer@scheme.weight=lsq or minmax."
+        )
+
     def make_observer(self) -> Observer:
         """What to gather from activations before `initialize_from`."""
         return MinMaxObserver()

@@ -65,6 +65,11 @@ class LSQQuantizer(Quantizer):
         bounded = zero_point.clamp(*self.format.range())
         return QParams(scale, straight_through(bounded, bounded.detach().round()))
 
+    def rescale_(self, ratio: float) -> None:
+        self.log_scale.add_(math.log2(ratio))
+        if self.zero_point is not None:
+            self.zero_point.div_(ratio)
+
     def make_observer(self) -> Observer:
         return SampleObserver()
 

@@ -12,6 +12,7 @@ from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat, pa
 from qat.numerics.granularity import Granularity, PerToken
 from qat.numerics.qtensor import QParams, ViewParams
 from qat.numerics.search import half_quadratic_scale, least_squares_scale
+from qat.numerics.ste import round_up_to_storage
 from qat.quantizers.base import Quantizer, check_bits
 from qat.quantizers.observers import MinMaxObserver, MovingAverageObserver, Observer, SampleObserver
 from qat.quantizers.rounding import is_stochastic
@@ -95,6 +96,12 @@ class MinMaxQuantizer(Quantizer):
         if self.rule is None:
             return QParams(self.scale, getattr(self, "zero_point", None))
         return ops.dynamic_qparams(x, self.rule, self.format, self.granularity, self.scale_dtype)
+
+    def rescale_(self, ratio: float) -> None:
+        # Up, so that the extremes stay inside.
+        self.scale.copy_(round_up_to_storage(self.scale * ratio, self.scale_dtype))
+        if self._rule == "minmax":
+            self.zero_point.div_(ratio).round_()
 
     def make_observer(self) -> Observer:
         return _OBSERVERS[self.observer_kind]()

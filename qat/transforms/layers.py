@@ -1,14 +1,14 @@
 """Which layers of a model can be quantized, which of them stay in full precision, and how one is replaced."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.nn import PackedLayer, QuantLayer, quant_class
 from qat.nn.experts import is_experts
 from qat.nn.kv_quantizer import kv_layers
-from qat.quantizers import KMeansQuantizer
+from qat.quantizers import KMeansQuantizer, Quantizer
 from qat.transforms.rules import Scheme
 
 
@@ -19,15 +19,47 @@ def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
             yield name, module
 
 
-def codebooks(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantizer]]:
-    """Every layer of `model` with a learned codebook, the name of the weight and its quantizer; shared ones once."""
+class QuantizedWeight(NamedTuple):
+    """A weight that has codes.
+
+    label: the full name of its Parameter, in the first layer that uses it.
+    layer: that layer.
+    name: of the Parameter there.
+    quantizer: its own, which all layers that share the weight use.
+    """
+
+    label: str
+    layer: QuantLayer
+    name: str
+    quantizer: Quantizer
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight in full precision."""
+        return self.layer.get_parameter(self.name)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as `[rows, columns]`, without a graph."""
+        return self.layer.matrix(self.layer, self.name).detach()
+
+
+def quantized_weights(model: nn.Module) -> Iterator[QuantizedWeight]:
+    """Every weight of `model` that has codes; shared ones once."""
     seen: set[int] = set()
-    for _, layer in quant_layers(model):
+    for label, layer in quant_layers(model):
         for name in layer.names(layer):
             quantizer = getattr(layer, f"{name}_quantizer")
-            if isinstance(quantizer, KMeansQuantizer) and id(quantizer) not in seen:
+            if isinstance(quantizer, Quantizer) and id(quantizer) not in seen:
                 seen.add(id(quantizer))
-                yield layer, name, quantizer
+                yield QuantizedWeight(f"{label}.{name}", layer, name, quantizer)
+
+
+def codebooks(model: nn.Module) -> Iterator[tuple[QuantLayer, str, KMeansQuantizer]]:
+    """Every layer of `model` with a learned codebook, the name of the weight and its quantizer; shared ones once."""
+    for weight in quantized_weights(model):
+        if isinstance(weight.quantizer, KMeansQuantizer):
+            yield weight.layer, weight.name, weight.quantizer
 
 
 def quantizes_weights(model: nn.Module) -> bool:

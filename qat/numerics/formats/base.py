@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from qat.errors import InputError
 from qat.scratch import scratch
 
 
@@ -50,6 +51,17 @@ class Format(ABC):
     @abstractmethod
     def range(self) -> tuple[float, float]:
         """Lowest and highest value that the grid is for: the bounds that scales are computed for."""
+
+    def with_bits(self, bits: int) -> "Format":
+        """The grid of the same kind that has other bits.
+
+        Raises:
+            InputError: if there is none.
+        """
+        raise InputError(
+            f"The grid {self.name} has {self.bits} bits and no others: take integers, quantizer@scheme.weight=lsq or "
+            "minmax."
+        )
 
     def clip(self, v: Tensor) -> Tensor:
         """Limit scaled values to the grid, differentiably, where the format saturates."""

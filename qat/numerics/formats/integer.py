@@ -41,6 +41,9 @@ class IntFormat(Format):
         low, high = self.code_range
         return float(low), float(high)
 
+    def with_bits(self, bits: int) -> Format:
+        return IntFormat(bits, self.signed)
+
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         whole = v.round_() if noise is None else v.add_(noise).floor_()
         return whole.clamp_(*self.code_range)

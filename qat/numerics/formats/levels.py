@@ -47,6 +47,9 @@ class LevelFormat(Format):
     def range(self) -> tuple[float, float]:
         return -self.count / 2, self.count / 2
 
+    def with_bits(self, bits: int) -> Format:
+        return LevelFormat(2**bits) if self.count == 2**self.bits and bits in range(1, 9) else super().with_bits(bits)
+
     def encode_(self, v: Tensor, codebook: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         # Rounded before it is shifted, because adding count / 2 first would lose the low bits of v.
         half = self.count / 2
