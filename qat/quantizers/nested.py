@@ -68,6 +68,12 @@ class NestedQuantizer(LSQQuantizer):
     def adopt(self, params: ViewParams) -> bool:
         return super().adopt(params._replace(scale=params.scale / 2**self._dropped))
 
+    def rescale_(self, ratio: float) -> None:
+        raise InputError(
+            "Nested codes have several widths at once, which take turns: leave out callbacks.precision, or take "
+            "quantizer@scheme.weight=stretched."
+        )
+
     @property
     def _dropped(self) -> int:
         """How many of the stored bits are left out."""

@@ -15,6 +15,7 @@ from qat.kernels import ops
 from qat.numerics.formats import CodebookFormat, FloatFormat, Format
 from qat.numerics.qtensor import QParams, ViewParams, scale_down
 from qat.quantizers.base import Quantizer
+from qat.quantizers.nested import NestedQuantizer
 
 FROZEN = 2  # in the place of a direction
 _TENSORS = ("codes", "direction", "frequency", "mean")
@@ -103,6 +104,8 @@ def check_settles(quantizer: Quantizer) -> None:
             f"the codes of {quantizer.format.name} stand for vectors, which go neither up nor down: take "
             "quantizer@scheme.weight=kmeans or lsq."
         )
+    if isinstance(quantizer, NestedQuantizer):
+        raise InputError("nested codes have several widths that take turns: take quantizer@scheme.weight=stretched.")
     if not quantizer.clips:
         raise InputError(
             f"the scales of {type(quantizer).__name__} follow from the weights at every step, and the codes with them: "

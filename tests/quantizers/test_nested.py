@@ -11,6 +11,7 @@ from qat.errors import InputError
 from qat.numerics.formats import LevelFormat
 from qat.numerics.nested import sliced
 from qat.quantizers import KMeansQuantizer, LSQQuantizer, NestedQuantizer
+from qat.quantizers.oscillation import check_settles
 from qat.transforms import nested_widths, slice_bits
 from tests.conftest import tiny_llama
 
@@ -130,3 +131,12 @@ def test_other_codes_have_no_first_bits():
     x = torch.randn(4, 64)
     with pytest.raises(InputError, match="Codes of 8 bits have no first 9"):
         sliced(made(x).quantize(x), 9)
+
+
+def test_what_changes_or_freezes_codes_of_one_width_is_refused():
+    quantizer = made(torch.randn(4, 64))
+    with pytest.raises(InputError, match="take turns: leave out callbacks.precision"):
+        quantizer.set_bits(4)
+    assert quantizer.format == LevelFormat(256)
+    with pytest.raises(InputError, match="take quantizer@scheme.weight=stretched"):
+        check_settles(quantizer)
