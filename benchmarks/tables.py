@@ -209,6 +209,27 @@ def train_step(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+# Of bf16's speed: what is trained, how, by which arm, and the goal.
+_GOALS = (
+    ("fake quantization W4A8", "1b", "ours-w4a8", True, 0.93),
+    ("fake quantization W4A8", "1b", "ours-w4a8", False, 0.85),
+    ("learned codebooks of 4 bits", "1b", "ours-kmeans4-row", True, 0.90),
+    ("fp8 products", "1b", "ours-w8a8g8-fp8", True, 1.1),
+    ("fp8 products", "8b4", "ours-w8a8g8-fp8", True, 1.2),
+)
+
+
+def train_goals(rows: Rows) -> str:
+    """Speed of what had a goal, with CUDA graphs and without."""
+    lines = [_line("", "model", "", "goal", "found", "with CUDA graphs"), _line(*["---"] * 3, *["--:"] * 3)]
+    found = {(row["model"], row["arm"], row["compiled"], row.get("graphs", False)): row["speed_ratio"] for row in rows}
+    for what, model, arm, compiled, goal in _GOALS:
+        plain, graphed = (found.get((model, arm, compiled, graphs)) for graphs in (False, True))
+        figures = ("" if ratio is None else f"{ratio:.3f}" for ratio in (plain, graphed))
+        lines.append(_line(what, model, "compiled" if compiled else "eager", goal, *figures))
+    return "\n".join(lines)
+
+
 def low_bit_step(rows: Rows) -> str:
     """The share of the products of codes, and of everything they need, of the products in bf16."""
     products = ("forward", "dgrad", "wgrad")
@@ -288,6 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kmeans_1b": _of("kmeans_1b", kmeans_1b),
     "fake_quantize": _of("fake_quantize", fake_quantize),
     "train_step": _of("train_step", train_step),
+    "train_goals": _of("train_step", train_goals),
     "low_bit_step": _of("low_bit_step", low_bit_step),
     "loss_curve": _of("loss_curve", loss_curve),
     "loss_products": _of("loss_products", loss_products),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,7 +68,8 @@ def head_loss(model: nn.Module, kind: str) -> HeadLoss | None:
         return None if kind == "model" else HeadLoss(model, kind)
     try:
         return HeadLoss(model, "chunked")
-    except InputError:
+    except InputError as error:
+        rank_zero_info(f"module.loss=auto is module.loss=model here, with the logits of all tokens: {error}")
         return None
 
 

@@ -23,8 +23,9 @@ def once_for_siblings(x: Tensor, key: Hashable, compute: Callable[[], T]) -> T:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return compute()
-    # Some optimizers change Parameters without a word to the version counter, and inference tensors have none.
-    if x.is_inference() or (x.is_leaf and x.requires_grad):
+    # Only what a graph made: leaves may be changed without a word to the version counter, by optimizers, by `x.data`,
+    # by NumPy, and inference tensors have none.
+    if x.grad_fn is None:
         return compute()
     slot: tuple[Any, ...] | None = getattr(_latest, "slot", None)
     if slot is not None and slot[0]() is x and slot[1:3] == (x._version, key):

@@ -133,6 +133,8 @@ class KMeansQuantizer(Quantizer):
         view, scale = self.granularity.view, torch.exp2(self.log_scale).to(self.scale_dtype)
         table = self.codebook.view(-1, self.codebook.shape[-1])
         lloyd_step_(view(weight), scale.view(-1, 1), table, None if importance is None else view(importance))
+        if self.step_codes is not None:
+            self.step_codes.renew()
 
     def forward(self, x: Tensor) -> Tensor:
         return self._soft(x) if self._is_soft else super().forward(x)

@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qat.errors import InputError
 from qat.quantizers import Quantizer
 from qat.transforms.blocks import block_list
 
@@ -24,15 +25,21 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
         The model. Its gradients are means over the processes.
 
     Raises:
-        InputError: if no block holds a quantized layer.
+        InputError: if no block holds a quantized layer, or the mesh has several dimensions.
     """
     from torch.distributed.fsdp import fully_shard  # takes long
+
+    mesh = options.get("mesh")
+    if mesh is not None and mesh.ndim > 1:
+        raise InputError(
+            f"The mesh has {mesh.ndim} dimensions, and gradients of scales and codebooks are averaged over one: give a "
+            "mesh of one dimension, which all processes are in."
+        )
 
     _, blocks = block_list(model)
     whole = {p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
     for module in (*blocks, model):
         fully_shard(module, ignored_params=whole, **options)
-    mesh = options.get("mesh")
     group = None if mesh is None else mesh.get_group(0)
     for parameter in whole:
         if parameter.requires_grad:

@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,6 +43,17 @@ def test_parameters_are_always_quantized_anew():
     for _ in range(2):
         once_for_siblings(weight, "key", lambda: calls.append(1) or torch.zeros(4))
     assert len(calls) == 2
+
+
+def test_what_no_graph_made_is_always_quantized_anew():
+    """An array or `x.data` may change behind the version counter's back, too."""
+    array = np.ones((2, 8), dtype=np.float32)
+    x, quantizer = torch.from_numpy(array), MinMaxQuantizer((8,), bits=8, granularity="per_token")
+    before = quantizer(x)
+    array *= 3
+    torch.testing.assert_close(quantizer(x), 3 * before, rtol=1e-2, atol=0)
+    x.data.mul_(2)
+    torch.testing.assert_close(quantizer(x), 6 * before, rtol=1e-2, atol=0)
 
 
 def test_nothing_outlives_the_tensor():

@@ -92,6 +92,11 @@ def with_auxiliary_loss():
     return model
 
 
+def with_auxiliary_loss_in_16_bits():
+    """Less than logits are rounded by, and yet half of what the router learns from."""
+    return with_auxiliary_loss().to(torch.bfloat16)
+
+
 def with_other_logits():
     model = tiny_llama()
     plain = model.forward
@@ -113,13 +118,22 @@ GRAD8 = partial(MinMaxQuantizer, bits=8, granularity="per_token", rounding="stoc
     ("make", "message"),
     [
         (with_auxiliary_loss, "does not compute the loss of MixtralForCausalLM"),
+        (with_auxiliary_loss_in_16_bits, "does not compute the loss of MixtralForCausalLM"),
         (with_other_logits, "changes its logits or adds to its loss"),
         (lambda: qat.prepare(tiny_llama(), qat.Scheme(weight=LSQ3, output=TOKEN8, head=True)), "scheme quantizes"),
         (lambda: qat.prepare(tiny_llama(), qat.Scheme(grad=GRAD8, head=True)), "or their gradient"),
         (lambda: qat.prepare(tiny_llama(), qat.Scheme(weight=ROW8, input=TOKEN8, compute="int8", head=True)), "codes"),
         (lambda: torch.nn.Linear(2, 2), "needs an output head"),
     ],
-    ids=["auxiliary loss", "other logits", "output quantizer", "gradient quantizer", "product of codes", "no head"],
+    ids=[
+        "auxiliary loss",
+        "in 16 bits",
+        "other logits",
+        "output quantizer",
+        "gradient quantizer",
+        "product of codes",
+        "no head",
+    ],
 )
 def test_what_it_cannot_compute(make, message):
     with pytest.raises(InputError, match=message):

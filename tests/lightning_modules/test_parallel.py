@@ -1,6 +1,7 @@
 """A batch has the gradients of its parts: accumulated, computed again, of two processes, of sharded weights."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,11 @@ def test_a_sharded_model_has_the_state_of_a_whole_one(two_processes):
 @pytest.mark.parametrize("what", ["quantize", "refresh", "initialize", "convert"])
 def test_shards_are_refused_where_the_whole_weight_is_needed(two_processes, what):
     assert "sharded by FSDP2" in two_processes["messages"][what]
+
+
+def test_a_mesh_of_two_dimensions_is_refused():
+    with pytest.raises(InputError, match="The mesh has 2 dimensions"):
+        qat.transforms.shard(prepared("lsq"), mesh=SimpleNamespace(ndim=2))
 
 
 def test_scales_and_codebooks_stay_float32_where_weights_are_cast(two_processes):

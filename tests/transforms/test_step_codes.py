@@ -85,6 +85,17 @@ def test_a_new_mask_or_new_scales_find_new_codes(counted):
         assert len(counted) == before + 1
 
 
+def test_refreshed_codebooks_find_new_codes(counted):
+    model = prepared("kmeans")
+    ModelStepCodes(model)
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(1, 64)
+    layer(x)
+    before = len(counted)
+    layer.weight_quantizer.refresh(layer.weight)
+    layer(x)
+    assert len(counted) == before + 1
+
+
 def test_afterwards_nothing_is_kept():
     model = prepared("minmax")
     ModelStepCodes(model).stop()
