@@ -10,7 +10,8 @@ takes one arm at a time; arms that are done lie in --work. All of them are runs 
 2. `fp` trains on, in parts of --steps steps, as many as the longest recipe. Full precision is the best of `start` and
    of these parts, by the evaluation texts of the mix.
 3. `rtn`, `gptq` and `awq` quantize the best one; for each scheme the best of them, by the mix, is called `ptq`.
-4. `ours` trains the recipe of the scheme (configs/experiment/) from `start`, on the tokens of `fp` in their order.
+4. `ours` trains the recipe of the scheme (configs/experiment/) from `start`, on as many tokens as `fp`: those of a
+   recipe of one part are the same in the same order.
 5. Peers train alike: `torchao`, its fake quantization with the same format; `llm-qat`, extremes as scales and the
    teacher's logits alone (arXiv 2305.17888), in this framework.
 
@@ -113,13 +114,17 @@ class Plan(NamedTuple):
     options: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Parts of the longest recipe."""
+        return max(SCHEMES[scheme][1] for scheme in self.schemes)
+
     def first(self) -> list[Arm]:
         """Arms that wait for none."""
         return [Arm("start", None, seed) for seed in self.seeds]
 
     def after(self, arm: Arm) -> list[Arm]:
         """Arms that wait for `arm`."""
-        longest = max(SCHEMES[scheme][1] for scheme in self.schemes)
         trained = [Arm(name, s, arm.seed) for s in self.schemes for name in ("ours", *_PEERS.get(s, {}))]
         # The longest first.
         trained.sort(key=lambda own: -SCHEMES[str(own.scheme)][1])
@@ -127,14 +132,13 @@ class Plan(NamedTuple):
             return [Arm("fp", None, arm.seed, 1), *trained]
         if arm.name != "fp":
             return []
-        if arm.part < longest:
+        if arm.part < self.longest:
             return [Arm("fp", None, arm.seed, arm.part + 1)]
         return [Arm(name, scheme, arm.seed) for scheme in self.schemes for name in ROUNDED]
 
     def full_precision(self, seed: int) -> list[Arm]:
         """Those among which full precision is the best."""
-        longest = max(SCHEMES[scheme][1] for scheme in self.schemes)
-        return [Arm("start", None, seed), *(Arm("fp", None, seed, part + 1) for part in range(longest))]
+        return [Arm("start", None, seed), *(Arm("fp", None, seed, part + 1) for part in range(self.longest))]
 
     def row(self, arm: Arm) -> Row | None:
         """What `arm` found; None if it did not run yet."""

@@ -10,20 +10,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.checks import check_numbers, check_positions_and_tokens, check_strategy, emulates_fp8
 from lightning_modules.data import CausalLMDataModule
 from lightning_modules.distillation import Distillation
 from lightning_modules.distillation.fill import fill
@@ -37,7 +34,6 @@ from qat.atomic import replaced_folder
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
 from qat.export.parity import check_logits
-from qat.nn import LowBitLinear
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
 from qat.transforms import (
@@ -57,14 +53,13 @@ TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "c
 SAVED = "saved, loaded"
 # Transforms that choose a grid, on which weights are then rounded to nearest.
 _ONLY_FIT = ("calibrate", "fisher", "hessian")
-_FP8_CAPABILITY = (8, 9)
 
 
 class Job:
     """One run: the parts that the configuration chose, and the steps that they go through."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        _check(cfg)
+        check_numbers(cfg)
         pl.seed_everything(cfg.seed, verbose=False)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -73,7 +68,7 @@ class Job:
         self.folder = Path(cfg.paths.output_dir)
         self.loaded: LoadedModel = instantiate(cfg.model)
         self.data: CausalLMDataModule = instantiate(cfg.data, tokenizer=self.loaded.tokenizer)
-        _check_fit(self.loaded, cfg.data.sequence_length)
+        check_positions_and_tokens(self.loaded, cfg.data.sequence_length)
         self.data.setup()
         self.module: CausalLMModule = instantiate(cfg.module, model=self.loaded.model)
         self.trainer: pl.Trainer = instantiate(
@@ -81,7 +76,7 @@ class Job:
             callbacks=_callbacks(cfg),
             logger=_loggers(cfg),
         )
-        _check_strategy(self.trainer)
+        check_strategy(self.trainer)
         if not self.trainer.is_global_zero:
             self.console.quiet = True
         if self.trainer.strategy.root_device.type == "cpu":
@@ -281,7 +276,7 @@ class Job:
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
-        if _emulates_fp8(self.model, self.trainer.strategy.root_device):
+        if emulates_fp8(self.model, self.trainer.strategy.root_device):
             self._say("compute=fp8: a CPU multiplies these codes in float32: the same values, and no time saved")
         transforms = instantiate(self.cfg.transforms).values()
         if not fresh:
@@ -350,38 +345,6 @@ class Job:
             self._say(f"picture: {picture}")
 
 
-def _check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse what would not leave the trained model in this process, and sweeps of runs that start processes.
-
-    Raises:
-        InputError: if so.
-    """
-    strategy, launcher = trainer.strategy, trainer.strategy.launcher
-    if trainer.world_size == 1:
-        return
-    if not isinstance(strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher):
-        raise InputError(
-            f"A run of {trainer.world_size} devices is one of trainer.strategy=ddp, not of {type(strategy).__name__}. "
-            "A model that one device does not hold is sharded in a training loop of one's own (docs/training.md)."
-        )
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise InputError("A sweep (-m) has runs of one device: set trainer.devices=1, or start its runs one by one.")
-
-
-def _emulates_fp8(model: nn.Module, device: torch.device) -> bool:
-    """Whether `model` has products of fp8 codes and `device` no instructions for them.
-
-    Raises:
-        InputError: if it is a GPU that has none.
-    """
-    if not any(isinstance(layer, LowBitLinear) and layer.compute == "fp8" for layer in model.modules()):
-        return False
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise InputError(f"{name} has no fp8 instructions: set scheme=w8a8g8 (int8), or scheme.compute=fake.")
-    return device.type == "cpu"
-
-
 def _loggers(cfg: DictConfig) -> list[Logger]:
     """The chosen logger, and always the CSV that the picture is drawn from."""
     chosen = instantiate(cfg.logger)
@@ -392,31 +355,3 @@ def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
     """The chosen callbacks; one that is set to null is left out."""
     chosen = [callback for callback in instantiate(cfg.callbacks).values() if callback is not None]
     return [c for c in chosen if cfg.trainer.enable_progress_bar or not isinstance(c, LightningProgressBar)]
-
-
-def _check(cfg: DictConfig) -> None:
-    """Refuse numbers that torch and Lightning would fail on without naming the option."""
-    least = {"seed": 0, "threads": 1, "calibration_batches": 1, "trainer.accumulate_grad_batches": 1}
-    least |= {"trainer.max_steps": -1, "data.sequence_length": 1}
-    for key, lowest in least.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and (not isinstance(value, int) or value < lowest):
-            raise InputError(f"{key} is {value}; it is a whole number from {lowest} on.")
-    if cfg.fit and cfg.trainer.max_steps == -1 and cfg.trainer.max_epochs is None and "max_time" not in cfg.trainer:
-        raise InputError("How long to train is unknown: set trainer.max_steps, or trainer.max_epochs beside -1.")
-    if cfg.fit and cfg.trainer.max_steps == 0:
-        raise InputError("trainer.max_steps is 0: to quantize without training, take method=ptq.")
-    rate = OmegaConf.select(cfg, "optimizer.lr")
-    if rate is not None and not (isinstance(rate, int | float) and rate > 0):
-        raise InputError(f"optimizer.lr is {rate}; it is a positive number, such as 1e-4.")
-
-
-def _check_fit(loaded: LoadedModel, sequence_length: int) -> None:
-    """Refuse windows and tokens that the model has no embedding for."""
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
-    if positions is not None and sequence_length > positions:
-        raise InputError(f"The model knows {positions} positions: set data.sequence_length to at most {positions}.")
-    highest = max(loaded.tokenizer.get_vocab().values())
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    if highest >= rows:
-        raise InputError(f"The tokenizer has a token {highest}, the model only {rows} of them: they do not fit.")

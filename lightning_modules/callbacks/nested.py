@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
 
 from qat.errors import InputError
 from qat.quantizers import NestedQuantizer
@@ -23,24 +22,22 @@ class NestedBits(Callback):
 
     def __init__(self, turns: Sequence[int] | None = None) -> None:
         self.turns = turns
+        self._nested: list[NestedQuantizer] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._nested = [module for module in pl_module.modules() if isinstance(module, NestedQuantizer)]
         for turn in self.turns or ():
-            missing = [q for q in _nested(pl_module) if turn not in q.widths]
+            missing = [q for q in self._nested if turn not in q.widths]
             if missing:
                 raise InputError(f"callbacks.nested.turns has {turn}, which is none of {list(missing[0].widths)}.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        for quantizer in _nested(pl_module):
+        for quantizer in self._nested:
             turns = self.turns or quantizer.widths
             quantizer.at(turns[trainer.global_step % len(turns)])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for quantizer in _nested(pl_module):
+        for quantizer in self._nested:
             quantizer.at(quantizer.widths[0])
-
-
-def _nested(model: nn.Module) -> list[NestedQuantizer]:
-    return [module for module in model.modules() if isinstance(module, NestedQuantizer)]

@@ -14,6 +14,7 @@ from qat.numerics.formats import IntFormat
 from qat.numerics.granularity import PerChannel, PerGroup, PerToken
 from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms import Scheme, prepare, quant_layers
+from qat.transforms.rules import given
 
 
 class TorchaoJob(Job):
@@ -53,7 +54,7 @@ def fake_quantize_by_torchao(model: Any, scheme: Scheme) -> None:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
-    if scheme.kv is not None and any(factory is not NoQuantizer for factory in map(_made_by, _of_cache(scheme))):
+    if scheme.kv is not None and (given(scheme.kv.key) or given(scheme.kv.value)):
         raise InputError("torchao fake-quantizes no KV cache.")
     with torch.device("meta"):
         shadow = type(model)(model.config)
@@ -64,15 +65,6 @@ def fake_quantize_by_torchao(model: Any, scheme: Scheme) -> None:
         weights, inputs = _weights(layer.weight_quantizer), _inputs(layer.input_quantizer)
         config = QATConfig(weight_config=weights, activation_config=inputs, step="prepare")
         quantize_(model, config, filter_fn=lambda _, other, own=name: other == own)
-
-
-def _of_cache(scheme: Scheme) -> tuple[Any, Any]:
-    assert scheme.kv is not None
-    return scheme.kv.key, scheme.kv.value
-
-
-def _made_by(factory: Any) -> Any:
-    return getattr(factory, "func", factory)
 
 
 def _weights(quantizer: nn.Module) -> Any:

@@ -1,17 +1,13 @@
 """Codes whose first bits are the codes of a coarser grid."""
 
 from qat.errors import InputError
-from qat.numerics.formats import LevelFormat
+from qat.numerics.formats import Format, LevelFormat
 from qat.numerics.qtensor import QuantizedTensor
 
 
-def is_nested(q: QuantizedTensor) -> bool:
-    """Whether the first bits of the codes of `q` are codes themselves: of 2^b levels around zero, with plain scales."""
-    return (
-        isinstance(q.format, LevelFormat)
-        and q.format.count == 2**q.format.bits
-        and not isinstance(q.qparams.scale, QuantizedTensor)
-    )
+def is_nested(format: Format) -> bool:
+    """Whether the first bits of its codes are codes themselves: of 2^b levels around zero."""
+    return isinstance(format, LevelFormat) and format.count == 2**format.bits
 
 
 def sliced(q: QuantizedTensor, bits: int) -> QuantizedTensor:
@@ -22,18 +18,17 @@ def sliced(q: QuantizedTensor, bits: int) -> QuantizedTensor:
     twice the scale. So the result is what quantizing with that grid gives, to the bit.
 
     Args:
-        q: nested, see `is_nested`.
+        q: of a nested format, with plain scales.
         bits: from 1 to those of `q`.
 
     Raises:
         InputError: if q is not nested or has fewer bits.
     """
-    if not is_nested(q):
+    scale = q.qparams.scale
+    if not is_nested(q.format) or isinstance(scale, QuantizedTensor):
         raise InputError(f"Codes of {q.format.name} have no first bits that are codes: train with quantizer=nested.")
     dropped = q.format.bits - bits
     if bits < 1 or dropped < 0:
         raise InputError(f"Codes of {q.format.bits} bits have no first {bits}: choose from 1 to {q.format.bits}.")
-    scale = q.qparams.scale
-    assert not isinstance(scale, QuantizedTensor)
     qparams = q.qparams._replace(scale=scale * 2**dropped)
     return QuantizedTensor(q.codes >> dropped, qparams, LevelFormat(2**bits), q.granularity, q.dtype)

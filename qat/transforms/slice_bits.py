@@ -4,8 +4,8 @@ from torch import nn
 
 from qat.errors import InputError
 from qat.nn import PackedLayer, PackedTensor
-from qat.numerics.formats import LevelFormat
-from qat.numerics.nested import sliced
+from qat.numerics.nested import is_nested, sliced
+from qat.quantizers import NestedQuantizer
 
 
 def slice_bits(model: nn.Module, bits: int) -> nn.Module:
@@ -24,7 +24,7 @@ def slice_bits(model: nn.Module, bits: int) -> nn.Module:
     for layer in (module for module in model.modules() if isinstance(module, PackedLayer)):
         for name, weight in layer.weights().items():
             found.add(weight.format.name)
-            if not _has_more(weight, bits):
+            if not is_nested(weight.format) or weight.format.bits <= bits:
                 continue
             key = weight.codes.data_ptr()  # shared with an embedding, say
             if key not in made:
@@ -38,15 +38,7 @@ def slice_bits(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def _has_more(weight: PackedTensor, bits: int) -> bool:
-    format = weight.format
-    nested = isinstance(format, LevelFormat) and format.count == 2**format.bits
-    return nested and not hasattr(weight.scale, "codes") and format.bits > bits
-
-
 def nested_widths(model: nn.Module) -> list[int]:
     """The widths below the largest that quantizers of `model` are trained for, the largest first."""
-    from qat.quantizers.nested import NestedQuantizer
-
     quantizers = (module for module in model.modules() if isinstance(module, NestedQuantizer))
     return sorted({width for quantizer in quantizers for width in quantizer.widths[1:]}, reverse=True)
