@@ -21,11 +21,11 @@ takes one arm at a time; arms that are done lie in --work. All of them are runs 
 
 import argparse
 import json
-import multiprocessing
-import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from benchmarks.gpus import spread
 from benchmarks.record import ROOT, record
 from benchmarks.texts import SEPARATOR
 from lightning_modules.comparison.peers import PEERS
@@ -59,7 +60,7 @@ SCHEMES = {
     "w4a4kv4": ("w4a4kv4", 1),
 }
 ROUNDED = ("rtn", "gptq", "awq")
-_MIX, _WIKI = "mix.val", "wiki106.val"
+MIX, WIKI = "mix.val", "wiki106.val"
 _TRANSFORMS = {"rtn": "calibrate"}
 _LLM_QAT = ("quantizer@scheme.weight=minmax", "scheme.weight.granularity=per_channel", "distill.weight=1.0")
 _PEERS = {"int4-g64": {"torchao": ()}, "w4a8": {"llm-qat": _LLM_QAT}, "w4a4kv4": {"llm-qat": _LLM_QAT}}
@@ -78,18 +79,20 @@ class Arm(NamedTuple):
     scheme: None in full precision.
     seed: of the order of windows.
     part: of `fp`, counted from 1.
+    options: of `ours`, after those of the plan.
     """
 
     name: str
     scheme: str | None
     seed: int
     part: int = 0
+    options: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """What its files are called."""
-        parts = (self.name, str(self.part or ""), self.scheme or "", f"seed{self.seed}")
-        return "-".join(filter(None, parts))
+        options = re.sub(r"[^\w.=-]+", "_", "-".join(self.options))
+        return "-".join(filter(None, (self.name, str(self.part or ""), self.scheme, f"seed{self.seed}", options)))
 
 
 class Plan(NamedTuple):
@@ -103,6 +106,7 @@ class Plan(NamedTuple):
     seeds: in their order.
     options: of every quantized training, after those of its recipe.
     given: of every run.
+    scored: texts that every model is scored on; of the mix at least.
     """
 
     texts: Path
@@ -113,6 +117,7 @@ class Plan(NamedTuple):
     seeds: tuple[int, ...]
     options: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
+    scored: tuple[str, ...] = (MIX, WIKI)
 
     @property
     def longest(self) -> int:
@@ -148,7 +153,7 @@ class Plan(NamedTuple):
 
     def best(self, seed: int) -> Arm:
         """The arm that is called full precision, once all of its parts are there."""
-        return min(self.full_precision(seed), key=lambda arm: float(self.known(arm)[_MIX]["perplexity"]))
+        return min(self.full_precision(seed), key=lambda arm: float(self.known(arm)[MIX]["perplexity"]))
 
     def known(self, arm: Arm) -> Row:
         """The same as `row`, of one that ran."""
@@ -167,11 +172,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
     parser.add_argument("--options", nargs="+", default=[], help="options of train.py for the recipes")
     parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
+    parser.add_argument("--per-gpu", type=int, default=1, help="arms at a time on every GPU")
     own = parser.parse_args()
     parts = tuple(own.model), own.steps, tuple(own.schemes), tuple(own.seeds), tuple(own.options), tuple(own.given)
     plan = Plan(own.texts.resolve(), own.work.resolve(), *parts)
     split_texts(plan)
-    run_all(plan)
+    spread(partial(run, plan), plan.first(), plan.after, lambda arm: arm.key, own.per_gpu)
     command = f"python -m benchmarks.recovery --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
     command += f" --seeds {' '.join(map(str, plan.seeds))}"
     command += "".join(f" --{name} {' '.join(own)}" for name in ("options", "given") if (own := getattr(plan, name)))
@@ -183,39 +189,12 @@ def split_texts(plan: Plan) -> None:
     for kind in ("train", "val"):
         folder = plan.work / "texts" / kind
         folder.mkdir(parents=True, exist_ok=True)
-        found = [path for path in plan.texts.glob(f"*.{kind}.txt") if path.name != f"{_WIKI}.txt"]
+        found = [path for path in plan.texts.glob(f"*.{kind}.txt") if path.name != f"{WIKI}.txt"]
         if not found:
             raise SystemExit(f"{plan.texts} holds no *.{kind}.txt.")
         for path in found:
             if not (folder / path.name).is_file():
                 shutil.copy2(path, folder / path.name)
-
-
-def run_all(plan: Plan) -> None:
-    """Every arm that is missing, as soon as what it waits for is there; as many at a time as there are GPUs."""
-    gpus = torch.cuda.device_count()
-    context = multiprocessing.get_context("spawn")
-    free = context.Queue()
-    for gpu in range(max(1, gpus)):
-        free.put(str(gpu) if gpus else "")
-    with ProcessPoolExecutor(max(1, gpus), context, initializer=_take_gpu, initargs=(free,)) as pool:
-        pending: dict[Future[Row], Arm] = {}
-
-        def submit(arms: Iterable[Arm]) -> None:
-            for arm in arms:
-                pending[pool.submit(run, plan, arm)] = arm
-
-        submit(plan.first())
-        while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                arm = pending.pop(future)
-                print(arm.key, json.dumps(future.result()), f"{len(pending)} in line", flush=True)
-                submit(plan.after(arm))
-
-
-def _take_gpu(free: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
 def run(plan: Plan, arm: Arm) -> Row:
@@ -225,13 +204,14 @@ def run(plan: Plan, arm: Arm) -> Row:
     if found is not None and (arm.scheme is not None or plain.is_dir()):
         return found
     row: Row
+    started = time.perf_counter()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), composed(options_of(plan, arm)) as cfg:
         try:
             job = _job(arm, cfg)
             job.run()
             if arm.scheme is None:
                 job.save_plain(plain)
-            row = scores(plan, job)
+            row = {"seconds": time.perf_counter() - started, **scores(plan, job)}
         except InputError as error:  # AWQ of a table, say
             if arm.name not in ROUNDED:
                 raise
@@ -270,7 +250,7 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
     trained = [*common, *_loading(plan, Arm("start", None, arm.seed)), f"trainer.max_steps={parts * plan.steps}"]
     if arm.name in PEERS:
         return [*trained, "method=fp", "optimizer.lr=2e-5"]
-    own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else plan.options
+    own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else (*plan.options, *arm.options)
     return [*trained, f"experiment={recipe}", *own]
 
 
@@ -295,9 +275,10 @@ def scores(plan: Plan, job: Job) -> Row:
 
 
 def _evaluated(plan: Plan, job: Job) -> Iterator[tuple[str, Text]]:
-    paths = {_MIX: sorted((plan.work / "texts" / "val").glob("*.txt")), _WIKI: [plan.texts / f"{_WIKI}.txt"]}
+    paths = {MIX: sorted((plan.work / "texts" / "val").glob("*.txt")), WIKI: [plan.texts / f"{WIKI}.txt"]}
     tokenizer = job.loaded.tokenizer
-    for name, files in paths.items():
+    for name in plan.scored:
+        files = paths[name]
         documents = [part.strip() for file in files for part in file.read_text().split(SEPARATOR) if part.strip()]
         encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         ids = torch.tensor([token for document in encoded for token in (*document, tokenizer.eos_token_id)])
@@ -306,7 +287,7 @@ def _evaluated(plan: Plan, job: Job) -> Iterator[tuple[str, Text]]:
 
 def rows_of(plan: Plan) -> list[Row]:
     """One row for each scheme and text."""
-    return [_row(plan, scheme, text) for scheme in plan.schemes for text in (_WIKI, _MIX)]
+    return [_row(plan, scheme, text) for scheme in plan.schemes for text in (WIKI, MIX)]
 
 
 def _row(plan: Plan, scheme: str, text: str) -> Row:
@@ -314,9 +295,9 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
         return [float(plan.known(Arm(name, scheme, seed))[text][figure]) for seed in plan.seeds]
 
     full = [plan.known(plan.best(seed))[text] for seed in plan.seeds]
-    rounded = [name for name in ROUNDED if all(_MIX in plan.known(Arm(name, scheme, s)) for s in plan.seeds)]
+    rounded = [name for name in ROUNDED if all(MIX in plan.known(Arm(name, scheme, s)) for s in plan.seeds)]
     mixes = {
-        name: mean(float(plan.known(Arm(name, scheme, s))[_MIX]["perplexity"]) for s in plan.seeds) for name in rounded
+        name: mean(float(plan.known(Arm(name, scheme, s))[MIX]["perplexity"]) for s in plan.seeds) for name in rounded
     }
     best = min(mixes, key=lambda name: mixes[name])
     ppl_fp, ppl_ptq, ppl_qat = [float(own["perplexity"]) for own in full], of(best), of("ours")

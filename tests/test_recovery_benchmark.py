@@ -21,14 +21,14 @@ def plan(tmp_path, tiny_folder, text_file):
     return Plan(texts, tmp_path / "work", model, 3, ("int4-g64",), (0,), given=tuple(given))
 
 
-def run_serially(plan):
+def run_serially(plan, after=None):
     """Every arm, one after the other; in the order in which they may run."""
-    waiting, done = plan.first(), []
+    after, waiting, done = after or plan.after, plan.first(), []
     while waiting:
         arm = waiting.pop(0)
         recovery.run(plan, arm)
         done.append(arm)
-        waiting += plan.after(arm)
+        waiting += after(arm)
     return done
 
 

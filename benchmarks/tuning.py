@@ -1,0 +1,130 @@
+"""The options that the recipes of configs/experiment/ were chosen among, one seed, by the evaluation texts of the mix.
+
+    python -m benchmarks.tuning --texts TEXTS                       all TRIES; writes results/tuning.json; resumes
+    python -m benchmarks.tuning --texts TEXTS --schemes int4-g64    those of one scheme
+
+Runs are those of benchmarks/recovery.py with --steps steps a part: `start` in full precision, from which every try
+trains on, beside `fp`. wiki106.val is not read: what is chosen here is judged on it there.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpus import spread
+from benchmarks.record import record
+from benchmarks.recovery import MIX, SCHEMES, Arm, Plan, Row, run, split_texts
+
+SEED = 0
+# Stands for the folder of the full-precision model that trained as long as the longest recipe.
+_FP = "{fp}"
+_TEACHER = f"distill.teacher='{_FP}'"
+
+
+def _rates(*rates: str, weight: str | None = None) -> list[tuple[str, ...]]:
+    more = () if weight is None else (f"distill.weight={weight}",)
+    return [(f"optimizer.lr={rate}", *more) for rate in rates]
+
+
+TRIES: dict[str, list[tuple[str, ...]]] = {
+    "int4-g64": [
+        *_rates("1e-5", "2e-5", "5e-5", "1e-4"),
+        *_rates("2e-5", "5e-5", "1e-4", weight="1.0"),
+        *_rates("2e-5", "5e-5", weight="0.8"),
+        *((f"optimizer.lr={rate}", "distill.weight=1.0", _TEACHER) for rate in ("2e-5", "5e-5", "1e-4")),
+        ("optimizer.lr=5e-5", "distill.weight=0.5", _TEACHER),
+        *(("optimizer.lr=5e-5", f"module.quantizer_lr={rate}") for rate in ("1e-4", "3e-4", "3e-3")),
+        ("optimizer.lr=5e-5", "transforms=gptq"),
+        ("optimizer.lr=5e-5", "transforms=reconstruct", "calibration_batches=64"),
+    ],
+    "int3-g64": [
+        *_rates("5e-5", "1e-4", "2e-4"),
+        *_rates("5e-5", "1e-4", "2e-4", weight="1.0"),
+        ("optimizer.lr=1e-4", "distill.weight=1.0", _TEACHER),
+        ("optimizer.lr=1e-4", "quantizer@scheme.weight=stretched"),
+        ("optimizer.lr=1e-4", "transforms=reconstruct", "calibration_batches=64"),
+    ],
+    "kmeans3-row": [
+        *_rates("5e-5", "1e-4", "2e-4"),
+        *_rates("1e-4", weight="1.0"),
+        *(("optimizer.lr=1e-4", f"module.quantizer_lr={rate}") for rate in ("3e-4", "3e-3")),
+    ],
+    "kmeans4-row": _rates("2e-5", "5e-5"),
+    "nf4-g64": _rates("2e-5", "5e-5"),
+    "w8a8": _rates("1e-5", "2e-5"),
+    "w4a8": _rates("2e-5", "5e-5"),
+    "w4a4kv4": [*_rates("5e-5", "1e-4"), *_rates("1e-4", weight="1.0")],
+    "int2-g64": [
+        *_rates("1e-4", "2e-4", "4e-4"),
+        *_rates("2e-4", weight="1.0"),
+        ("optimizer.lr=2e-4", "transforms=calibrate"),
+    ],
+    "kmeans2-row": [*_rates("1e-4", "2e-4", "4e-4"), ("optimizer.lr=2e-4", "module.quantizer_lr=3e-3")],
+    "ternary": _rates("1e-4", "2e-4", "4e-4"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and *.val.txt")
+    parser.add_argument("--work", type=Path, default=Path("outputs/tuning"), help="where runs leave what they find")
+    parser.add_argument("--steps", type=int, default=700, help="of a part; 700 are an epoch of 5.75 million tokens")
+    parser.add_argument("--schemes", nargs="+", choices=TRIES, default=list(TRIES))
+    parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
+    parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
+    parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on every GPU")
+    own = parser.parse_args()
+    parts = own.steps, tuple(own.schemes), (SEED,), (), tuple(own.given), (MIX,)
+    plan = Plan(own.texts.resolve(), own.work.resolve(), tuple(own.model), *parts)
+    split_texts(plan)
+    try:
+        spread(partial(run, plan), plan.first(), partial(after, plan), lambda arm: arm.key, own.per_gpu)
+    finally:
+        command = f"python -m benchmarks.tuning --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
+        command += f" --given {' '.join(plan.given)}" if plan.given else ""
+        record("tuning", command, list(rows_of(plan)), ("triton",))
+
+
+def tries(plan: Plan) -> list[Arm]:
+    """All runs with quantization, the longest first."""
+    teacher = str(plan.work / Arm("fp", None, SEED, plan.longest).key / "pretrained")
+    found = [
+        Arm("ours", scheme, SEED, options=tuple(option.replace(_FP, teacher) for option in options))
+        for scheme in plan.schemes
+        for options in TRIES[scheme]
+    ]
+    return sorted(found, key=lambda arm: -SCHEMES[str(arm.scheme)][1])
+
+
+def after(plan: Plan, arm: Arm) -> list[Arm]:
+    """What waits for `arm`: tries whose teacher is `fp` for that one, all others for `start`."""
+    if arm.name == "ours":
+        return []
+    if arm.name == "fp" and arm.part == plan.longest:
+        return [own for own in tries(plan) if _taught(own)]
+    longer = Arm("fp", None, SEED, arm.part + 1)
+    return [longer] if arm.name == "fp" else [longer, *(own for own in tries(plan) if not _taught(own))]
+
+
+def _taught(arm: Arm) -> bool:
+    return any(option.startswith("distill.teacher=") for option in arm.options)
+
+
+def rows_of(plan: Plan) -> Iterator[Row]:
+    """One row for every try that ran, the best of a scheme first; `ratio` is to the best full-precision model."""
+    full = [found[MIX]["perplexity"] for arm in plan.full_precision(SEED) if (found := plan.row(arm))]
+    rows: list[Row] = []
+    for arm in tries(plan):
+        if (found := plan.row(arm)) is None:
+            continue
+        options = [option.replace(str(plan.work), "WORK") for option in arm.options]
+        ppl, best = found[MIX]["perplexity"], min(full)
+        row = {"scheme": arm.scheme, "options": options, "text": MIX, "ppl_fp": best, "ppl_qat": ppl}
+        rows.append(row | {"ratio": ppl / best, "seconds": found["seconds"]})
+    order = {scheme: index for index, scheme in enumerate(plan.schemes)}
+    yield from sorted(rows, key=lambda row: (order[row["scheme"]], row["ppl_qat"]))
+
+
+if __name__ == "__main__":
+    main()
