@@ -3,11 +3,12 @@
     python -m benchmarks.loss_curve --texts TEXTS               needs a GPU; writes results/loss_curve.json
     python -m benchmarks.loss_curve --texts TEXTS --products    writes results/loss_products.json
 
-Model, texts and training are those of benchmarks/grids.py. Every case is trained twice from the same weights, on the
-same windows: with the Triton kernels, and with the PyTorch references. `largest` and `mean` are differences of the
-losses of all steps; `noise` is the mean difference of the references to themselves with the windows in another order,
-which says what a difference is worth. Codes and values are the same to the bit at the same weights; gradients of scales
-and codebooks are sums in another order.
+Model, texts and training are those of benchmarks/grids.py. Every case is trained from the same weights on the same
+windows, with the Triton kernels and with the PyTorch references; in float32 and under bf16 autocast. `largest` and
+`mean` are differences of the losses of all steps. `again` is the mean difference of the references to themselves when
+they run once more: other sums of the same step are in no fixed order on a GPU. `noise` is that with the windows in
+another order, which says what a difference is worth. Codes and values are the same to the bit at the same weights;
+gradients of scales and codebooks are sums in another order. In float32 no loss may differ by more than 1e-3.
 
 With `--products` layers that multiply codes, int8 or fp8, in the forward pass or in all three products, are compared
 with fake quantization of the same weights and inputs; `noise` is that of fake quantization.
@@ -41,6 +42,8 @@ PRODUCTS = {
     "w8a8 fp8": (qat.Scheme(**FP8), {"forward": CODES["ours-w8a8-fp8"], "all three": CODES["ours-w8a8g8-fp8"]}),
 }
 RATE = 2e-5
+DTYPES = torch.float32, torch.bfloat16
+BOUND = 1e-3  # of a loss in float32
 
 
 def main() -> None:
@@ -55,20 +58,32 @@ def main() -> None:
     command = "python -m benchmarks.loss_curve --texts TEXTS"
     if options.products:
         steps = options.steps or 1000
-        rows = [row for name in PRODUCTS for row in compare_products(name, train, steps)]
+        rows = []
+        for name in PRODUCTS:
+            rows += compare_products(name, train, steps)
+            print(*rows[-2:], sep="\n", flush=True)
         record("loss_products", f"{command} --products --steps {steps}", rows, ("triton",))
     else:
         steps = options.steps or 200
-        rows = [compare(name, train, steps) for name in SCHEMES]
+        rows = [compare(name, dtype, train, steps) for dtype in DTYPES for name in SCHEMES]
         record("loss_curve", f"{command} --steps {steps}", rows, ("triton",))
 
 
-def compare(name: str, train: Tensor, steps: int) -> dict[str, Any]:
-    """One row: kernels and references."""
-    found = curve(SCHEMES[name], train, steps)
+def compare(name: str, dtype: torch.dtype, train: Tensor, steps: int) -> dict[str, Any]:
+    """One row: kernels and references.
+
+    Raises:
+        SystemExit: if kernels train as no reference does.
+    """
+    found = curve(SCHEMES[name], train, steps, dtype=dtype)
     with reference_kernels():
-        expected, other = (curve(SCHEMES[name], train, steps, seed) for seed in (0, 1))
-    return row_of(name, found, expected, other)
+        expected, again, other = (curve(SCHEMES[name], train, steps, seed, dtype) for seed in (0, 0, 1))
+    row = row_of(name, found, expected, other)
+    row |= {"dtype": str(dtype).removeprefix("torch."), "again": float((again - expected).abs().mean())}
+    print(row, flush=True)
+    if dtype == torch.float32 and row["largest"] > BOUND:
+        raise SystemExit(f"A loss of {name} differs by {row['largest']:.2g} from the reference's; {BOUND} is allowed.")
+    return row
 
 
 def compare_products(name: str, train: Tensor, steps: int) -> list[dict[str, Any]]:
@@ -93,15 +108,13 @@ def row_of(name: str, found: Tensor, expected: Tensor, other: Tensor) -> dict[st
     }
     row |= {"last_expected": float(expected[-20:].mean())}
     row |= {"largest": float(difference.max()), "mean": float(difference.mean())}
-    row |= {"noise": float((other - expected).abs().mean())}
-    print(row, flush=True)
-    return row
+    return row | {"noise": float((other - expected).abs().mean())}
 
 
-def curve(scheme: qat.Scheme, train: Tensor, steps: int, seed: int = 0) -> Tensor:
+def curve(scheme: qat.Scheme, train: Tensor, steps: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The loss of every step."""
     torch.manual_seed(0)
-    return losses(qat.prepare(load(), scheme), RATE, train, steps, seed)
+    return losses(qat.prepare(load(), scheme), RATE, train, steps, seed, dtype)
 
 
 if __name__ == "__main__":

@@ -56,22 +56,25 @@ def fit(model: nn.Module, rate: float, train: Tensor, steps: int) -> nn.Module:
     return model
 
 
-def losses(model: nn.Module, rate: float, train: Tensor, steps: int, seed: int = 0) -> Tensor:
-    """As `fit`, and the loss of every step; `seed` gives the windows another order."""
+def losses(
+    model: nn.Module, rate: float, train: Tensor, steps: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """As `fit`, and the loss of every step; `seed` gives the windows another order, `dtype` is that of products."""
     torch.manual_seed(seed)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     batches = train[order[torch.arange(steps * BATCH) % len(order)]].view(steps, BATCH, -1).to(device(), torch.int64)
-    training, found = _Training(model, rate), torch.empty(steps, device=device())
+    training, found = _Training(model, rate, dtype), torch.empty(steps, device=device())
     for index in track(range(steps), description="training"):
         training.step(index, steps, batches[index], found[index])
+    training.finish()
     return found.cpu()
 
 
 class _Training:
     """The optimizer of one model, and on a GPU its stream and its graph."""
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
-        self._model = model.train()
+    def __init__(self, model: nn.Module, rate: float, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model.train(), dtype
         self._optimizer = torch.optim.AdamW(parameter_groups(model, QUANTIZER_LR), rate, (0.9, 0.95), fused=True)
         self._on_gpu = device().type == "cuda"
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
@@ -95,9 +98,14 @@ class _Training:
             self._run(batch)
             loss.copy_(self._loss)
 
+    def finish(self) -> None:
+        """Wait for the last step: whoever reads losses or weights does so in another stream."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+
     def _eager(self, batch: Tensor) -> None:
         self._optimizer.zero_grad()
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with torch.autocast(batch.device.type, self._dtype, enabled=self._dtype != torch.float32):
             loss = self._model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         self._loss.copy_(loss.detach())

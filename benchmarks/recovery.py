@@ -7,8 +7,8 @@ TEXTS is a folder with *.train.txt, *.val.txt and wiki106.val.txt, which nothing
 takes one arm at a time; arms that are done lie in --work. All of them are runs of `python train.py`. For each seed:
 
 1. `start` trains in full precision for --steps steps. All that follows starts from it.
-2. `fp` trains on, in parts of --steps steps, as many as the longest recipe. Full precision is the best of `start` and
-   of these parts, by the evaluation texts of the mix.
+2. `fp` trains on, in parts of --steps steps, as many as the longest recipe. Full precision is, beside each recipe, the
+   best of `start` and of those parts that saw no more than it, by the evaluation texts of the mix.
 3. `rtn`, `gptq` and `awq` quantize the best one; for each scheme the best of them, by the mix, is called `ptq`.
 4. `ours` trains the recipe of the scheme (configs/experiment/) from `start`, on as many tokens as `fp`: those of a
    recipe of one part are the same in the same order.
@@ -137,13 +137,13 @@ class Plan(NamedTuple):
             return [Arm("fp", None, arm.seed, 1), *trained]
         if arm.name != "fp":
             return []
-        if arm.part < self.longest:
-            return [Arm("fp", None, arm.seed, arm.part + 1)]
-        return [Arm(name, scheme, arm.seed) for scheme in self.schemes for name in ROUNDED]
+        longer = [Arm("fp", None, arm.seed, arm.part + 1)] if arm.part < self.longest else []
+        same = [scheme for scheme in self.schemes if SCHEMES[scheme][1] == arm.part]
+        return [*longer, *(Arm(name, scheme, arm.seed) for scheme in same for name in ROUNDED)]
 
-    def full_precision(self, seed: int) -> list[Arm]:
-        """Those among which full precision is the best."""
-        return [Arm("start", None, seed), *(Arm("fp", None, seed, part + 1) for part in range(self.longest))]
+    def full_precision(self, seed: int, parts: int) -> list[Arm]:
+        """Those that saw no more than a recipe of so many parts, among which full precision is the best."""
+        return [Arm("start", None, seed), *(Arm("fp", None, seed, part + 1) for part in range(parts))]
 
     def row(self, arm: Arm) -> Row | None:
         """What `arm` found; None if it did not run yet."""
@@ -151,9 +151,9 @@ class Plan(NamedTuple):
         found: Row | None = json.loads(path.read_text()) if path.is_file() else None
         return found
 
-    def best(self, seed: int) -> Arm:
-        """The arm that is called full precision, once all of its parts are there."""
-        return min(self.full_precision(seed), key=lambda arm: float(self.known(arm)[MIX]["perplexity"]))
+    def best(self, seed: int, parts: int) -> Arm:
+        """The arm that is called full precision beside recipes of so many parts, once all of them are there."""
+        return min(self.full_precision(seed, parts), key=lambda arm: float(self.known(arm)[MIX]["perplexity"]))
 
     def known(self, arm: Arm) -> Row:
         """The same as `row`, of one that ran."""
@@ -246,7 +246,7 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
         # Training windows alone: nothing is chosen by what is evaluated on.
         method = ["method=ptq", "distill=none", f"transforms={_TRANSFORMS.get(arm.name, arm.name)}"]
         calibration = ["calibration_batches=8", f"experiment={recipe}"]
-        return [*common, *_loading(plan, plan.best(arm.seed)), *method, *calibration]
+        return [*common, *_loading(plan, plan.best(arm.seed, parts)), *method, *calibration]
     trained = [*common, *_loading(plan, Arm("start", None, arm.seed)), f"trainer.max_steps={parts * plan.steps}"]
     if arm.name in PEERS:
         return [*trained, "method=fp", "optimizer.lr=2e-5"]
@@ -294,7 +294,8 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
     def of(name: str, figure: str = "perplexity") -> list[float]:
         return [float(plan.known(Arm(name, scheme, seed))[text][figure]) for seed in plan.seeds]
 
-    full = [plan.known(plan.best(seed))[text] for seed in plan.seeds]
+    recipe, parts = SCHEMES[scheme]
+    full = [plan.known(plan.best(seed, parts))[text] for seed in plan.seeds]
     rounded = [name for name in ROUNDED if all(MIX in plan.known(Arm(name, scheme, s)) for s in plan.seeds)]
     mixes = {
         name: mean(float(plan.known(Arm(name, scheme, s))[MIX]["perplexity"]) for s in plan.seeds) for name in rounded
@@ -303,7 +304,7 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
     ppl_fp, ppl_ptq, ppl_qat = [float(own["perplexity"]) for own in full], of(best), of("ours")
     recovered = _recovered(ppl_ptq, ppl_qat, ppl_fp)
     row: Row = {"scheme": scheme, "model": "smollm2" if plan.model == ("model=smollm2",) else plan.model[-1]}
-    row |= {"text": text, "seeds": list(plan.seeds), "recipe": SCHEMES[scheme][0], "parts": SCHEMES[scheme][1]}
+    row |= {"text": text, "seeds": list(plan.seeds), "recipe": recipe, "parts": parts}
     row |= {"ppl_fp": mean(ppl_fp), "ppl_ptq": mean(ppl_ptq), "ptq_name": best, "ppl_qat": mean(ppl_qat)}
     row |= {f"ppl_{name}": mean(of(name)) for name in rounded}
     row |= {"ratio": mean(own / other for own, other in zip(ppl_qat, ppl_fp, strict=True))}

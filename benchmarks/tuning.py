@@ -112,14 +112,14 @@ def _taught(arm: Arm) -> bool:
 
 
 def rows_of(plan: Plan) -> Iterator[Row]:
-    """One row for every try that ran, the best of a scheme first; `ratio` is to the best full-precision model."""
-    full = [found[MIX]["perplexity"] for arm in plan.full_precision(SEED) if (found := plan.row(arm))]
+    """One row for every try that ran, the best of a scheme first; `ppl_fp` is as in recovery.py."""
     rows: list[Row] = []
     for arm in tries(plan):
         if (found := plan.row(arm)) is None:
             continue
         options = [option.replace(str(plan.work), "WORK") for option in arm.options]
-        ppl, best = found[MIX]["perplexity"], min(full)
+        full = [plan.row(own) for own in plan.full_precision(SEED, SCHEMES[str(arm.scheme)][1])]
+        ppl, best = found[MIX]["perplexity"], min(own[MIX]["perplexity"] for own in full if own)
         row = {"scheme": arm.scheme, "options": options, "text": MIX, "ppl_fp": best, "ppl_qat": ppl}
         rows.append(row | {"ratio": ppl / best, "seconds": found["seconds"]})
     order = {scheme: index for index, scheme in enumerate(plan.schemes)}

@@ -73,7 +73,7 @@ def test_full_precision_is_the_best_by_the_mix_and_recovery_is_of_what_rounding_
             wrote(Arm(name, "int3-g64", seed), *figures)
         wrote(Arm("gptq", "int3-g64", seed), 20, 14)
     wiki, mix = recovery.rows_of(plan)
-    assert plan.best(0) == Arm("fp", None, 0, 1)
+    assert plan.best(0, 1) == Arm("fp", None, 0, 1)
     assert (wiki["ppl_fp"], wiki["ppl_ptq"], wiki["ptq_name"]) == (10, 20, "gptq")  # the best by the mix
     assert wiki["recovered"] == pytest.approx((0.8 + 0.6) / 2)
     assert wiki["recovered_spread"] == pytest.approx(0.1 * 2**0.5)
