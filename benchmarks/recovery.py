@@ -79,7 +79,7 @@ class Arm(NamedTuple):
     scheme: None in full precision.
     seed: of the order of windows.
     part: of `fp`, counted from 1.
-    options: of `ours`, after those of the plan.
+    options: after all others.
     """
 
     name: str
@@ -236,11 +236,12 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
         *(f"paths.output_dir='{plan.work / arm.key}'", f"paths.cache_dir='{plan.work / 'cache'}'", "resumed=true"),
         *(*_QUIET, _LAST, *plan.given),
     ]
+    full = [*common, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=1e-4"]
     if arm.name == "start":
-        return [*common, *plan.model, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=1e-4"]
+        return [*full, *plan.model, *arm.options]
     if arm.name == "fp":
         before = Arm("fp", None, arm.seed, arm.part - 1) if arm.part > 1 else Arm("start", None, arm.seed)
-        return [*common, *_loading(plan, before), "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=5e-5"]
+        return [*full, *_loading(plan, before), "optimizer.lr=5e-5", *arm.options]
     recipe, parts = SCHEMES[str(arm.scheme)]
     if arm.name in ROUNDED:
         # Training windows alone: nothing is chosen by what is evaluated on.

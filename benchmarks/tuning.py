@@ -27,41 +27,38 @@ def _rates(*rates: str, weight: str | None = None) -> list[tuple[str, ...]]:
     return [(f"optimizer.lr={rate}", *more) for rate in rates]
 
 
+# By scheme; and `start` and `fp`, so that full precision is not beaten because it was trained badly.
 TRIES: dict[str, list[tuple[str, ...]]] = {
+    "start": _rates("1e-4", "2e-4", "3e-4", "5e-4"),
+    "fp": _rates("5e-5", "1e-4", "2e-4", "3e-4"),
     "int4-g64": [
-        *_rates("1e-5", "2e-5", "5e-5", "1e-4"),
-        *_rates("2e-5", "5e-5", "1e-4", weight="1.0"),
-        *_rates("2e-5", "5e-5", weight="0.8"),
-        *((f"optimizer.lr={rate}", "distill.weight=1.0", _TEACHER) for rate in ("2e-5", "5e-5", "1e-4")),
-        ("optimizer.lr=5e-5", "distill.weight=0.5", _TEACHER),
-        *(("optimizer.lr=5e-5", f"module.quantizer_lr={rate}") for rate in ("1e-4", "3e-4", "3e-3")),
-        ("optimizer.lr=5e-5", "transforms=gptq"),
-        ("optimizer.lr=5e-5", "transforms=reconstruct", "calibration_batches=64"),
+        *_rates("5e-5", "1e-4", "2e-4", "3e-4", "5e-4"),
+        *_rates("2e-4", weight="0.2"),
+        *_rates("2e-4", weight="0.8"),
+        ("optimizer.lr=2e-4", _TEACHER),
+        ("optimizer.lr=2e-4", _TEACHER, "distill.weight=0.8"),
+        *(("optimizer.lr=2e-4", f"module.quantizer_lr={rate}") for rate in ("3e-4", "3e-3")),
+        ("optimizer.lr=2e-4", "transforms=gptq"),
+        ("optimizer.lr=2e-4", "callbacks.average.decay=0.99"),
     ],
     "int3-g64": [
-        *_rates("5e-5", "1e-4", "2e-4"),
-        *_rates("5e-5", "1e-4", "2e-4", weight="1.0"),
-        ("optimizer.lr=1e-4", "distill.weight=1.0", _TEACHER),
-        ("optimizer.lr=1e-4", "quantizer@scheme.weight=stretched"),
-        ("optimizer.lr=1e-4", "transforms=reconstruct", "calibration_batches=64"),
+        *_rates("1e-4", "2e-4", "4e-4", "8e-4"),
+        *_rates("4e-4", weight="0.8"),
+        ("optimizer.lr=2e-4", "quantizer@scheme.weight=stretched"),
+        ("optimizer.lr=2e-4", "transforms=reconstruct", "calibration_batches=64"),
     ],
+    "kmeans4-row": _rates("1e-4", "2e-4"),
     "kmeans3-row": [
-        *_rates("5e-5", "1e-4", "2e-4"),
-        *_rates("1e-4", weight="1.0"),
-        *(("optimizer.lr=1e-4", f"module.quantizer_lr={rate}") for rate in ("3e-4", "3e-3")),
-    ],
-    "kmeans4-row": _rates("2e-5", "5e-5"),
-    "nf4-g64": _rates("2e-5", "5e-5"),
-    "w8a8": _rates("1e-5", "2e-5"),
-    "w4a8": _rates("2e-5", "5e-5"),
-    "w4a4kv4": [*_rates("5e-5", "1e-4"), *_rates("1e-4", weight="1.0")],
-    "int2-g64": [
         *_rates("1e-4", "2e-4", "4e-4"),
-        *_rates("2e-4", weight="1.0"),
-        ("optimizer.lr=2e-4", "transforms=calibrate"),
+        *(("optimizer.lr=2e-4", f"module.quantizer_lr={rate}") for rate in ("3e-4", "3e-3")),
     ],
-    "kmeans2-row": [*_rates("1e-4", "2e-4", "4e-4"), ("optimizer.lr=2e-4", "module.quantizer_lr=3e-3")],
-    "ternary": _rates("1e-4", "2e-4", "4e-4"),
+    "nf4-g64": _rates("1e-4", "2e-4"),
+    "w8a8": _rates("5e-5", "1e-4", "2e-4"),
+    "w4a8": _rates("1e-4", "2e-4"),
+    "w4a4kv4": _rates("1e-4", "2e-4", "4e-4"),
+    "int2-g64": [*_rates("2e-4", "4e-4", "8e-4"), ("optimizer.lr=4e-4", "transforms=calibrate")],
+    "kmeans2-row": [*_rates("2e-4", "4e-4", "8e-4"), ("optimizer.lr=4e-4", "module.quantizer_lr=3e-3")],
+    "ternary": _rates("2e-4", "4e-4", "8e-4"),
 }
 
 
@@ -79,7 +76,7 @@ def main() -> None:
     plan = Plan(own.texts.resolve(), own.work.resolve(), tuple(own.model), *parts)
     split_texts(plan)
     try:
-        spread(partial(run, plan), plan.first(), partial(after, plan), lambda arm: arm.key, own.per_gpu)
+        spread(partial(run, plan), first(plan), partial(after, plan), lambda arm: arm.key, own.per_gpu)
     finally:
         command = f"python -m benchmarks.tuning --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
         command += f" --given {' '.join(plan.given)}" if plan.given else ""
@@ -87,24 +84,41 @@ def main() -> None:
 
 
 def tries(plan: Plan) -> list[Arm]:
-    """All runs with quantization, the longest first."""
-    teacher = str(plan.work / Arm("fp", None, SEED, plan.longest).key / "pretrained")
+    """All runs to choose among, the longest first."""
+    teacher = str(plan.work / Arm("fp", None, SEED, _parts(plan)).key / "pretrained")
     found = [
-        Arm("ours", scheme, SEED, options=tuple(option.replace(_FP, teacher) for option in options))
+        _arm(scheme, tuple(option.replace(_FP, teacher) for option in options))
         for scheme in plan.schemes
         for options in TRIES[scheme]
     ]
-    return sorted(found, key=lambda arm: -SCHEMES[str(arm.scheme)][1])
+    return sorted(found, key=lambda arm: -SCHEMES[arm.scheme][1] if arm.scheme else 0)
+
+
+def _arm(scheme: str, options: tuple[str, ...]) -> Arm:
+    if scheme in SCHEMES:
+        return Arm("ours", scheme, SEED, options=options)
+    return Arm(scheme, None, SEED, part=int(scheme == "fp"), options=options)
+
+
+def _parts(plan: Plan) -> int:
+    """Of the longest recipe."""
+    return max((SCHEMES[scheme][1] for scheme in plan.schemes if scheme in SCHEMES), default=0)
+
+
+def first(plan: Plan) -> list[Arm]:
+    """What waits for nothing."""
+    return [*plan.first(), *(arm for arm in tries(plan) if arm.name == "start")]
 
 
 def after(plan: Plan, arm: Arm) -> list[Arm]:
     """What waits for `arm`: tries whose teacher is `fp` for that one, all others for `start`."""
-    if arm.name == "ours":
+    if arm.options:
         return []
-    if arm.name == "fp" and arm.part == plan.longest:
-        return [own for own in tries(plan) if _taught(own)]
-    longer = Arm("fp", None, SEED, arm.part + 1)
-    return [longer] if arm.name == "fp" else [longer, *(own for own in tries(plan) if not _taught(own))]
+    longer = [Arm("fp", None, SEED, arm.part + 1)] if arm.part < _parts(plan) else []
+    of_fp = [own for own in tries(plan) if _taught(own)]
+    if arm.name == "fp":
+        return longer or of_fp
+    return longer + [own for own in tries(plan) if own.name != "start" and own not in of_fp]
 
 
 def _taught(arm: Arm) -> bool:
@@ -118,12 +132,12 @@ def rows_of(plan: Plan) -> Iterator[Row]:
         if (found := plan.row(arm)) is None:
             continue
         options = [option.replace(str(plan.work), "WORK") for option in arm.options]
-        full = [plan.row(own) for own in plan.full_precision(SEED, SCHEMES[str(arm.scheme)][1])]
+        row: Row = {"scheme": arm.scheme or arm.name, "options": options, "text": MIX}
+        full = [plan.row(own) for own in plan.full_precision(SEED, SCHEMES[arm.scheme][1] if arm.scheme else arm.part)]
         ppl, best = found[MIX]["perplexity"], min(own[MIX]["perplexity"] for own in full if own)
-        row = {"scheme": arm.scheme, "options": options, "text": MIX, "ppl_fp": best, "ppl_qat": ppl}
-        rows.append(row | {"ratio": ppl / best, "seconds": found["seconds"]})
+        rows.append(row | {"ppl_fp": best, "ppl": ppl, "ratio": ppl / best, "seconds": found["seconds"]})
     order = {scheme: index for index, scheme in enumerate(plan.schemes)}
-    yield from sorted(rows, key=lambda row: (order[row["scheme"]], row["ppl_qat"]))
+    yield from sorted(rows, key=lambda row: (order[row["scheme"]], row["ppl"]))
 
 
 if __name__ == "__main__":

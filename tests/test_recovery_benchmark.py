@@ -21,9 +21,9 @@ def plan(tmp_path, tiny_folder, text_file):
     return Plan(texts, tmp_path / "work", model, 3, ("int4-g64",), (0,), given=tuple(given))
 
 
-def run_serially(plan, after=None):
+def run_serially(plan, first, after):
     """Every arm, one after the other; in the order in which they may run."""
-    after, waiting, done = after or plan.after, plan.first(), []
+    waiting, done = first, []
     while waiting:
         arm = waiting.pop(0)
         recovery.run(plan, arm)
@@ -35,7 +35,7 @@ def run_serially(plan, after=None):
 def test_every_arm_runs_once_and_makes_a_row(plan, monkeypatch):
     monkeypatch.setitem(recovery.SCHEMES, "int4-g64", ("int4", 2))
     recovery.split_texts(plan)
-    done = run_serially(plan)
+    done = run_serially(plan, plan.first(), plan.after)
     names = [(arm.name, arm.scheme, arm.part) for arm in done]
     assert names[0] == ("start", None, 0)
     assert [name for name in names if name[0] == "fp"] == [("fp", None, part) for part in (1, 2)]
@@ -54,7 +54,7 @@ def test_every_arm_runs_once_and_makes_a_row(plan, monkeypatch):
     assert tables.recovery(rows).count("\n") == 3
 
     monkeypatch.setattr(recovery, "Job", None)
-    assert run_serially(plan) == done  # nothing is run again
+    assert run_serially(plan, plan.first(), plan.after) == done  # nothing is run again
 
 
 def test_full_precision_is_the_best_by_the_mix_and_recovery_is_of_what_rounding_loses(plan):

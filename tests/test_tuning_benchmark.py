@@ -11,16 +11,18 @@ from tests.test_recovery_benchmark import plan, run_serially  # noqa: F401  a fi
 def test_every_try_runs_and_the_best_comes_first(plan, monkeypatch):  # noqa: F811
     options = [("optimizer.lr=1e-3",), ("optimizer.lr=1e-4", f"distill.teacher='{tuning._FP}'")]
     monkeypatch.setitem(tuning.TRIES, "int4-g64", options)
-    plan = plan._replace(scored=(recovery.MIX,))
+    monkeypatch.setitem(tuning.TRIES, "start", [("optimizer.lr=1e-3",)])
+    plan = plan._replace(scored=(recovery.MIX,), schemes=("start", "int4-g64"))
     recovery.split_texts(plan)
-    done = run_serially(plan, lambda arm: tuning.after(plan, arm))
-    assert [arm.name for arm in done] == ["start", "fp", "ours", "ours"]
+    done = run_serially(plan, tuning.first(plan), lambda arm: tuning.after(plan, arm))
+    assert [arm.name for arm in done] == ["start", "start", "fp", "ours", "ours"]
     assert done[-1].options == ("optimizer.lr=1e-4", f"distill.teacher='{plan.work}/fp-1-seed0/pretrained'")
     assert set(plan.known(done[-1])) == {"seconds", recovery.MIX}  # nothing is known of what it is judged by
 
     rows = list(tuning.rows_of(plan))
-    assert [row["ppl_qat"] for row in rows] == sorted(row["ppl_qat"] for row in rows)
-    assert rows[0]["ratio"] == rows[0]["ppl_qat"] / rows[0]["ppl_fp"]
+    assert [row["scheme"] for row in rows] == ["start", "int4-g64", "int4-g64"]
+    assert rows[1]["ppl"] <= rows[2]["ppl"]
+    assert rows[1]["ratio"] == rows[1]["ppl"] / rows[1]["ppl_fp"]
     assert {"distill.teacher='WORK/fp-1-seed0/pretrained'"} <= {option for row in rows for option in row["options"]}
 
 

@@ -13,6 +13,8 @@ from qat.kernels.linear import compute_dtype
 
 # Several tensors of a chunk's logits exist at once: together they take about as much as the gradient of the head.
 _CHUNKS_OF_A_HEAD = 4
+# Or 128 MiB each in float32, where that is more: a small model waits for the launches of many small chunks.
+_LOGITS = 2**25
 
 
 class Said(Protocol):
@@ -73,4 +75,4 @@ def proven_head(model: nn.Module) -> Head | None:
 
 def chunk_of(model: Any) -> int:
     """How many tokens have their logits at a time."""
-    return max(1, int(model.config.hidden_size) // _CHUNKS_OF_A_HEAD)
+    return max(1, int(model.config.hidden_size) // _CHUNKS_OF_A_HEAD, _LOGITS // int(model.config.vocab_size))
