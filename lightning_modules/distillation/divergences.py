@@ -10,6 +10,7 @@ sum_i f(p_i, q_i) that is
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,20 @@ from torch import Tensor
 from qat.errors import InputError, nearest
 from qat.options import require_within
 
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class Divergence(NamedTuple):
+    """One of them, and what a kernel needs to know of it (`qat.kernels.logits.divergence.Mix`).
+
+    Attributes:
+        compute: the function of log p and log q.
+        forward, reverse: shares of KL(p || q) and KL(q || p).
+        between: beta of jsd, which is none of both; else None.
+    """
+
+    compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    forward: float = 0.0
+    reverse: float = 0.0
+    between: float | None = None
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +109,9 @@ def divergence_of(name: str, beta: float = 0.5, gamma: float | None = None) -> D
                 f"distill.beta is {beta}, where jsd is 0 whatever the student does: set it to 0.5, or "
                 f"distill.divergence={'forward_kl' if beta == 0 else 'reverse_kl'}, which is its limit."
             )
-        return partial(jsd, beta=beta)
+        return Divergence(partial(jsd, beta=beta), between=beta)
     if name == "cakld":
         require_within("distill.gamma", gamma, 0.5, 0, 1)
-        return partial(cakld, gamma=gamma)
-    return {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[name]
+        assert gamma is not None
+        return Divergence(partial(cakld, gamma=gamma), 1 - gamma, gamma)
+    return Divergence(forward_kl, forward=1.0) if name == "forward_kl" else Divergence(reverse_kl, reverse=1.0)

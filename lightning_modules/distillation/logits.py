@@ -11,6 +11,7 @@ from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation.divergences import Divergence
 from lightning_modules.distillation.top_k import TopK, top_k_of
 from lightning_modules.head import AS_IS, Shape
+from qat.kernels import dispatch
 from qat.kernels.logits.reference import shaped
 
 
@@ -57,6 +58,8 @@ class LogitLoss:
             teacher: those of the teacher's, overwritten; or its words, at this temperature.
             targets: the next tokens `[rows]`; rows whose target is -100 have loss and gradient 0.
         """
+        if isinstance(teacher, Tensor) and self._is_fused(z, teacher):
+            return self._fused(z, teacher, targets, with_gradient)
         counts, dtype = targets != IGNORED, z.dtype
         v, slope = shaped(z, *self.shape)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
@@ -75,6 +78,18 @@ class LogitLoss:
         # Selected, not multiplied: what does not count is 0 whatever its logits are.
         return Losses(cross_entropies, divergences, gradient.masked_fill_(~counts[:, None], 0).to(dtype))
 
+    def _is_fused(self, z: Tensor, teacher: Tensor) -> bool:
+        """Whether a kernel computes it: on a GPU, where all words are told apart."""
+        all_words = self.top_k is None or self.top_k == z.shape[-1]
+        return all_words and dispatch.runs_triton(z) and torch.float64 not in (z.dtype, teacher.dtype)
+
+    def _fused(self, z: Tensor, teacher: Tensor, targets: Tensor, with_gradient: bool) -> Losses:
+        from qat.kernels.logits.divergence import Mix, losses_and_gradient
+
+        which = self.divergence.forward, self.divergence.reverse, self.divergence.between
+        mix = Mix(*which, self.weight, self.temperature, tuple(self.shape), tuple(self.teacher_shape), IGNORED)
+        return Losses(*losses_and_gradient(z, teacher, targets, mix, with_gradient))
+
     def _divergence(self, v: Tensor, teacher: Tensor | TopK) -> tuple[Tensor, Tensor]:
         """D of each row, and its gradient with respect to v / T."""
         a = self._tempered(v)
@@ -82,12 +97,12 @@ class LogitLoss:
             return self._of_few(a, teacher)
         b = self._tempered(shaped(teacher, *self.teacher_shape)[0].to(v.dtype))
         if self.top_k is None or self.top_k == v.shape[-1]:
-            return self.divergence(F.log_softmax(b, -1), F.log_softmax(a, -1))
+            return self.divergence.compute(F.log_softmax(b, -1), F.log_softmax(a, -1))
         return self._of_few(a, top_k_of(b, self.top_k))
 
     def _of_few(self, a: Tensor, words: TopK) -> tuple[Tensor, Tensor]:
         few, rest = words.few(a)
-        losses, gradient = self.divergence(words.log_p_as(a.dtype), F.log_softmax(few, -1))
+        losses, gradient = self.divergence.compute(words.log_p_as(a.dtype), F.log_softmax(few, -1))
         return losses, words.back(gradient, few, rest)
 
     def _tempered(self, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P, words_of_batch
 from lightning_modules.distillation.chunked import Sums, at_heads, of_logits
-from lightning_modules.distillation.divergences import divergence_of, forward_kl
+from lightning_modules.distillation.divergences import divergence_of
 from lightning_modules.distillation.logits import LogitLoss
 from lightning_modules.distillation.said import Said, chunk_of, head_inputs, proven_head, said_by
 from lightning_modules.distillation.teacher import confidence, make_teacher, share_frozen, vocabulary
@@ -246,7 +246,7 @@ class Distillation:
         return self.weight * total + (1 - self.weight) * own * count, sums
 
     def _logit_loss(self, head: Head | None, teacher_head: Head | None) -> LogitLoss:
-        divergence = divergence_of(self.divergence, self.beta, self.gamma) if self.weight else forward_kl
+        divergence = divergence_of(self.divergence if self.weight else "forward_kl", self.beta, self.gamma)
         if head is None:  # logits are what they will be, and the model's own loss is the cross entropy
             return LogitLoss(divergence, 1.0, self.temperature, self.top_k)
         theirs = AS_IS if teacher_head is None else teacher_head.shape

@@ -19,7 +19,7 @@ _COPIED = 2048
 
 
 @triton.jit
-def _shaped(z, scale, softcap, CAPPED: tl.constexpr):
+def shaped(z, scale, softcap, CAPPED: tl.constexpr):
     """The logits that z becomes, and their derivative."""
     if CAPPED:
         # tanh(y) = 1 - 2 / (exp(2 y) + 1), which is 1 or -1 where the exponential leaves its range.
@@ -48,12 +48,12 @@ def _loss_and_gradient(
     counts = target != ignored
     # A target that is no word makes NaN, which training does not overlook.
     z_own = tl.load(own + target, mask=counts & (target >= 0) & (target < columns), other=float("nan")).to(tl.float32)
-    at_target = _shaped(z_own, scale, softcap, CAPPED)[0]
+    at_target = shaped(z_own, scale, softcap, CAPPED)[0]
     most, total = -3.4028234663852886e38, 0.0  # finite, so that a tile of -inf makes no NaN
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
         z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-        v = tl.where(column < columns, _shaped(z_tile, scale, softcap, CAPPED)[0], float("-inf"))
+        v = tl.where(column < columns, shaped(z_tile, scale, softcap, CAPPED)[0], float("-inf"))
         higher = tl.maximum(most, tl.max(v, axis=0))
         total = total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
         most = higher
@@ -63,7 +63,7 @@ def _loss_and_gradient(
         for first in range(0, columns, WIDTH):
             column = first + tl.arange(0, WIDTH)
             z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-            v, slope = _shaped(z_tile, scale, softcap, CAPPED)
+            v, slope = shaped(z_tile, scale, softcap, CAPPED)
             # Selected, not multiplied: what does not count is 0 whatever its logits are.
             gradient = (tl.exp(v - most) * share - tl.where(column == target, 1.0, 0.0)) * slope
             gradient = tl.where(counts, gradient, 0.0)
