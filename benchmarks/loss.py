@@ -1,12 +1,16 @@
 """The head and its loss, forward and backward, by every way that `module.loss` offers: milliseconds and peak memory.
 
     python -m benchmarks.loss                        on a GPU, all arms in turn, and results/loss.json
+    python -m benchmarks.loss --teacher              the same of distillation, and results/distill_loss.json
     python -m benchmarks.loss --shapes tiny          a few seconds on a CPU; writes nothing
 
 liger and cce take part where they are installed and there is a GPU (`pip install 'lightning-qat[liger,cce]'`). `plain`
 is what transformers does: a linear layer, logits in float32, cross entropy. Before any timing each arm's loss and
 gradients are compared with those of `plain` in float32. Peak memory is what an arm adds to its inputs, gradients
 included; on a CPU it is not measured.
+
+With `--teacher` the loss is half that and half KL(teacher || student), of a teacher with a head of the same size, as
+`method=distill` computes it: `chunked` by the kernel, `references` without; `plain` by whole logits in float32.
 """
 
 import argparse
@@ -23,8 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.record import record
+from lightning_modules.distillation.chunked import at_heads
+from lightning_modules.distillation.divergences import divergence_of
+from lightning_modules.distillation.logits import LogitLoss
+from lightning_modules.distillation.said import Linear, chunk_for
 from lightning_modules.head import Shape
 from lightning_modules.loss import cce, chunked, liger
+from qat.kernels.ops import reference_kernels
 
 
 class Sizes(NamedTuple):
@@ -43,16 +52,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2", "1b"])
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each arm, taking turns")
+    parser.add_argument("--teacher", action="store_true", help="distillation from one")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [row for name in options.shapes for row in compare(name, SHAPES[name], options.rounds, device)]
+    made = taught if options.teacher else arms
+    rows = [row for name in options.shapes for row in compare(name, SHAPES[name], options.rounds, device, made)]
     for row in rows:
         memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f} GiB {row['memory_ratio']:.2f}"
         print(f"{row['model']:8} {row['arm']:8} {row['ms']:9.2f} ms {row['speed_ratio']:.2f}  {memory}")
     if device == "cuda" and options.shapes == ["smollm2", "1b"]:
-        record(
-            "loss", f"python -m benchmarks.loss --rounds {options.rounds}", rows, ("liger-kernel", "cut-cross-entropy")
-        )
+        command = f"python -m benchmarks.loss --rounds {options.rounds}"
+        if options.teacher:
+            record("distill_loss", f"{command} --teacher", rows, ("triton",))
+        else:
+            record("loss", command, rows, ("liger-kernel", "cut-cross-entropy"))
 
 
 def arms(sizes: Sizes, device: str) -> dict[str, Arm]:
@@ -65,6 +78,32 @@ def arms(sizes: Sizes, device: str) -> dict[str, Arm]:
     return {"plain": plain, **fused}
 
 
+def taught(sizes: Sizes, device: str) -> dict[str, Arm]:
+    """The ways to distil."""
+    generator = torch.Generator(device).manual_seed(1)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    draw = partial(torch.randn, generator=generator, device=device)
+    x_teacher = draw(sizes.tokens, sizes.hidden).to(dtype)
+    w_teacher = (draw(sizes.vocabulary, sizes.hidden) / sizes.hidden**0.5).to(dtype)
+    loss, chunk = LogitLoss(divergence_of("forward_kl"), weight=0.5), chunk_for(sizes.hidden, sizes.vocabulary)
+
+    def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        teacher = Linear(x_teacher[: len(x)].to(x.dtype), w_teacher.to(x.dtype), None)
+        return at_heads(Linear(x, weight, None), teacher, targets, chunk, loss)[0] / len(targets)
+
+    def references(*of: Tensor) -> Tensor:
+        with reference_kernels():
+            return chunked(*of)
+
+    def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        z = F.linear(x, weight).float()
+        log_p = F.linear(x_teacher[: len(x)].to(x.dtype), w_teacher.to(x.dtype)).float().log_softmax(-1)
+        divergence = F.kl_div(z.log_softmax(-1), log_p, reduction="batchmean", log_target=True)
+        return 0.5 * F.cross_entropy(z, targets) + 0.5 * divergence
+
+    return {"plain": whole, "chunked": chunked, "references": references}
+
+
 def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).float(), targets)
 
@@ -74,7 +113,9 @@ def _mean(way: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return total / len(targets)
 
 
-def compare(name: str, sizes: Sizes, rounds: int, device: str) -> list[dict[str, Any]]:
+def compare(
+    name: str, sizes: Sizes, rounds: int, device: str, made: Callable[[Sizes, str], dict[str, Arm]] = arms
+) -> list[dict[str, Any]]:
     """One row for each arm; ratios are medians over the rounds, to `plain` of the same round."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -82,8 +123,8 @@ def compare(name: str, sizes: Sizes, rounds: int, device: str) -> list[dict[str,
     x = draw(sizes.tokens, sizes.hidden).to(dtype).requires_grad_()
     weight = (draw(sizes.vocabulary, sizes.hidden) / sizes.hidden**0.5).to(dtype).requires_grad_()
     targets = torch.randint(sizes.vocabulary, (sizes.tokens,), generator=generator, device=device)
-    ways = arms(sizes, device)
-    errors = {arm: _check(arm, way, x, weight, targets) for arm, way in ways.items()}
+    ways = made(sizes, device)
+    errors = {arm: _check(arm, way, ways["plain"], x, weight, targets) for arm, way in ways.items()}
     found: dict[str, list[tuple[float, int]]] = {arm: [] for arm in ways}
     for arm in track([arm for _ in range(rounds + 2) for arm in ways], description=name):
         found[arm].append(_measure(ways[arm], x, weight, targets))
@@ -131,7 +172,7 @@ def _measure(way: Arm, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[floa
     return begin.elapsed_time(end), torch.cuda.max_memory_allocated() - before
 
 
-def _check(arm: str, way: Arm, x: Tensor, weight: Tensor, targets: Tensor) -> float:
+def _check(arm: str, way: Arm, plain: Arm, x: Tensor, weight: Tensor, targets: Tensor) -> float:
     """Relative error of the gradients against float32, on some of the tokens.
 
     Raises:

@@ -249,10 +249,11 @@ def low_bit_step(rows: Rows) -> str:
 
 def loss_curve(rows: Rows) -> str:
     """How far apart the losses of kernels and references are."""
-    lines = [_line("", "steps", "last loss", "largest difference", "mean", "another order"), _line("---", *["--:"] * 5)]
+    headings = ("", "", "steps", "last loss", "largest difference", "mean", "references again", "another order")
+    lines = [_line(*headings), _line("---", "---", *["--:"] * 6)]
     for row in rows:
-        figures = f"{row['last']:.3f}", f"{row['largest']:.1e}", f"{row['mean']:.1e}", f"{row['noise']:.1e}"
-        lines.append(_line(row["scheme"], row["steps"], *figures))
+        figures = [f"{row[name]:.1e}" if row[name] else "0" for name in ("largest", "mean", "again", "noise")]
+        lines.append(_line(row["scheme"], row["dtype"], row["steps"], f"{row['last']:.3f}", *figures))
     return "\n".join(lines)
 
 
@@ -314,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loss_curve": _of("loss_curve", loss_curve),
     "loss_products": _of("loss_products", loss_products),
     "loss": _of("loss", loss),
+    "distill_loss": _of("distill_loss", loss),
     "recovery": _of("recovery", recovery),
     "pruning": _of("pruning", pruning),
     "ptq": _of("ptq", ptq),

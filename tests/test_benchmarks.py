@@ -129,11 +129,26 @@ def test_bits_drawn_at_random_spend_the_budget():
         assert len(set(assignment.values())) > 2
 
 
-def test_loss():
-    rows = {row["arm"]: row for row in loss.compare("tiny", loss.SHAPES["tiny"], 2, "cpu")}
+@pytest.mark.parametrize("made", [loss.arms, loss.taught])
+def test_loss(made):
+    rows = {row["arm"]: row for row in loss.compare("tiny", loss.SHAPES["tiny"], 2, "cpu", made)}
     assert rows["plain"]["speed_ratio"] == 1
     assert rows["chunked"]["gradient_error"] < 1e-5
     assert rows["chunked"]["ms"] > 0
+
+
+def test_the_loss_curve_of_kernels(monkeypatch):
+    """On a CPU, where the kernels are the references; a difference is refused."""
+    monkeypatch.setattr(loss_curve, "curve", lambda *_, **__: torch.tensor([3.0, 2.0]))
+    row = loss_curve.compare("w4a8-minmax", torch.float32, torch.zeros(1, 1), 2)
+    assert (row["mean"], row["again"], row["dtype"]) == (0, 0, "float32")
+    assert tables.loss_curve([row]).endswith("| w4a8-minmax | float32 | 2 | 2.500 | 0 | 0 | 0 | 0 |")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+    curves = iter([2.0, 2.1, 2.1, 2.1])
+    monkeypatch.setattr(loss_curve, "curve", lambda *_, **__: torch.tensor([next(curves)]))
+    with pytest.raises(SystemExit, match=r"w4a8-minmax differ by 0[.]1 from"):
+        loss_curve.compare("w4a8-minmax", torch.float32, torch.zeros(1, 1), 1)
 
 
 def test_low_bit_step(monkeypatch, capsys):

@@ -75,4 +75,9 @@ def proven_head(model: nn.Module) -> Head | None:
 
 def chunk_of(model: Any) -> int:
     """How many tokens have their logits at a time."""
-    return max(1, int(model.config.hidden_size) // _CHUNKS_OF_A_HEAD, _LOGITS // int(model.config.vocab_size))
+    return chunk_for(int(model.config.hidden_size), int(model.config.vocab_size))
+
+
+def chunk_for(hidden: int, vocabulary: int) -> int:
+    """The same, for a head of that size."""
+    return max(1, hidden // _CHUNKS_OF_A_HEAD, _LOGITS // vocabulary)
