@@ -80,7 +80,7 @@ def _restore(x: Tensor, codes: Tensor | None, out: Tensor, *grid: Any) -> None:
     if codes is None:
         _kernels(x, format).fake_quantize(x, out, params, format)
     else:
-        _kernels(x, format).dequantize(codes, out, params, format)
+        reference.restore(x, codes, out, params, format)
 
 
 def _backward_of_view(
@@ -229,7 +229,7 @@ def fake_quantize_to_keep(
         return fake_quantize_view(x, dtype, *grid), None
     codes = quantize_view(x, *grid) if codes is None else codes
     x_hat = scratch("weight", x.shape, dtype, x.device)
-    dequantize_view_(codes, x_hat, *grid)
+    restore_view_(x, codes, x_hat, *grid)
     return x_hat, codes
 
 
@@ -275,7 +275,7 @@ def grid_of(qparams: QParams, format: Format, groups: int) -> tuple[Any, ...]:
 def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
     """Quantize and dequantize `x` of any shape; differentiable, saves nothing beyond x and the qparams.
 
-    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient, for finite x.
+    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient.
     """
     view = granularity.view(x)
     grid = grid_of(qparams, format, len(view))

@@ -23,6 +23,7 @@ from qat.kernels.fake_quantize.grid import (
     encode,
     grid_constants,
     inverse_of,
+    kept_nan,
     quotient,
     table_for,
 )
@@ -110,9 +111,10 @@ def _fake_quantize_backward(
                 value -= z
             value *= own_scale
         if NEED_VALUES:
-            tl.store(x_hat + at, value.to(x_hat.dtype.element_ty), mask=inside)
+            tl.store(x_hat + at, kept_nan(value, own).to(x_hat.dtype.element_ty), mask=inside)
         if NEED_CODEBOOK:
-            codebook_sum = _members(code, g * own_scale, codebook_sum, entry, GRID[ENTRIES])
+            share = tl.where(own == own, g * own_scale, 0.0)
+            codebook_sum = _members(code, share, codebook_sum, entry, GRID[ENTRIES])
         clipped = g
         if CLIPS:
             clipped = tl.where((v >= low) & (v <= high), g, 0.0)
