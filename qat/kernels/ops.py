@@ -30,7 +30,8 @@ _GRID = "Tensor scale, Tensor? zero_point, Tensor? codebook, str format"
 _RULE = "str rule, ScalarType scale_dtype"
 
 
-def _in_triton(x: Tensor, format: Format) -> bool:
+def quantizes_in_triton(x: Tensor, format: Format) -> bool:
+    """Whether Triton's kernels find the codes of `x` on the grid `format`; they have none for vector codebooks."""
     return dispatch.runs_triton(x) and not isinstance(format, VectorFormat)
 
 
@@ -41,7 +42,7 @@ def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
 
 def _kernels(x: Tensor, format: Format) -> Any:
     """The module that computes on `x`. Triton is imported at its first use: `import qat` stays light."""
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return reference
     from qat.kernels.fake_quantize import triton
 
@@ -87,7 +88,7 @@ def _backward_of_view(
     grad: Tensor, x: Tensor, codes: Tensor | None, x_hat: Tensor | None, needs: list[bool], *grid: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     params, format = _grid(grid)
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return reference.fake_quantize_backward(grad, x, codes, x_hat, needs, params, format)
     from qat.kernels.fake_quantize import backward
 
@@ -106,7 +107,7 @@ def _backward_fake(
 
 def _dynamic_kernels(x: Tensor, rule: str, format: Format) -> Any:
     """The module that finds scales of `x` and uses them in one pass; None where there is none."""
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return None
     from qat.kernels.fake_quantize import dynamic
 

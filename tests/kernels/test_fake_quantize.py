@@ -181,5 +181,5 @@ def test_the_references_can_be_asked_for():
     x = torch.randn(4, 64, device="cuda")
     fast = ops.quantize_view(x, torch.ones(4, 1, device="cuda"), None, None, "int4")
     with ops.reference_kernels():
-        assert not ops._in_triton(x, parse_format("int4"))
+        assert not ops.quantizes_in_triton(x, parse_format("int4"))
         assert torch.equal(fast, ops.quantize_view(x, torch.ones(4, 1, device="cuda"), None, None, "int4"))
