@@ -104,7 +104,12 @@ class CausalLMModule(pl.LightningModule):
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        known = any(isinstance(callback, _EndsFit) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if known else [_EndsFit()]
+
     def on_fit_end(self) -> None:
+        """Leave nothing of what made training fast, after an exception too."""
         self.head_loss = self.layer_clip = None
         if self.distillation is not None:
             self.distillation.stop()
@@ -261,6 +266,13 @@ class CausalLMModule(pl.LightningModule):
         largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
         worst = max(largest, key=lambda name: largest[name])
         return f"{what} First at fault: {worst}. {_MEND}"
+
+
+class _EndsFit(pl.Callback):
+    """Ends a fit of CausalLMModule that an exception breaks off, of which Lightning tells callbacks only."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        pl_module.on_fit_end()
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:

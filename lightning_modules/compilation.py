@@ -15,6 +15,7 @@ from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
 
 _MORE_BACKENDS = ("aot_eager", "eager")  # they trace and compile nothing: to find out what does not trace
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 _ROOM = 8  # graphs of one block: training, evaluation, each with another batch size
 
 
@@ -45,15 +46,22 @@ class CompiledBlocks:
         _, self.blocks = block_list(model, layers)
         self.backend, self.cuda_graphs, self._model = backend, cuda_graphs, type(model).__name__
         self._modules = [module for block in self.blocks for module in block.modules()]
-        # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+        options = _options(backend, cuda_graphs)
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, options=_options(backend, cuda_graphs))
+            block.compile(backend=backend, fullgraph=True, options=options)
+        # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
+        config, room = torch._dynamo.config, _ROOM * len(self.blocks)
+        self._limits = {name: getattr(config, name) for name in _LIMITS}
+        for name, limit in self._limits.items():
+            setattr(config, name, max(limit, room))
 
     def undo(self) -> None:
-        """Let the blocks run as they did before, and give back what CUDA graphs hold: memory, and gradients in it."""
+        """Let the blocks run as they did before, and give back what CUDA graphs hold: memory, and gradients in it.
+
+        The limits of torch's compiler, which are those of the whole process, are again what they were.
+        """
+        for name, limit in self._limits.items():
+            setattr(torch._dynamo.config, name, limit)
         for block in self.blocks:
             block._compiled_call_impl = None
         if self.cuda_graphs:

@@ -1,11 +1,13 @@
 """Compiled blocks are one graph, and compute what they compute without one, to the bit where nothing is fused."""
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
@@ -180,6 +182,31 @@ def test_a_loss_that_is_no_number_is_explained(tmp_path):
         module.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match=r"non-finite output: model.layers.1.mlp.up_proj"):
         fit(tmp_path, module)
+
+
+class Broken(Exception):
+    pass
+
+
+class Breaks(pl.Callback):
+    def on_train_batch_end(self, *arguments):
+        raise Broken
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
+def test_after_a_fit_the_process_is_as_before(tmp_path, breaks):
+    """Also after one that an exception ends: limits of the compiler, graphs, and what else is for a fit only."""
+    config = torch._dynamo.config
+    limits, seen = (config.recompile_limit, config.accumulated_recompile_limit), []
+    module = CausalLMModule(tiny_llama(num_hidden_layers=3), partial(torch.optim.AdamW, lr=1e-3), compile="aot_eager")
+    look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(config.recompile_limit))
+    with pytest.raises(Broken) if breaks else nullcontext():
+        fit(tmp_path, module, look, *([Breaks()] if breaks else []))
+    assert seen[0] > limits[0]
+    assert (config.recompile_limit, config.accumulated_recompile_limit) == limits
+    assert module.compiled is None
+    assert module.head_loss is None
+    assert not any(m._compiled_call_impl for m in module.modules())
 
 
 def test_what_cannot_be_compiled_is_refused(tmp_path):
