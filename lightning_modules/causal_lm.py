@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.clipping import LayerClip, check_clipping
-from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
+from lightning_modules.compilation import CompiledBlocks, check_compile, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation import Distillation
 from lightning_modules.distillation.objective import split
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.freezing import freeze
-from lightning_modules.loss import HeadLoss, head_loss
+from lightning_modules.loss import HeadLoss, check_loss, head_loss
 from qat.errors import InputError
 from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
@@ -46,6 +46,9 @@ class CausalLMModule(pl.LightningModule):
         distill: the objective of training instead of the cross entropy alone, its teacher made already when a fit
             begins; None, or an empty mapping: none. Evaluation is the cross entropy in any case.
         freeze: patterns of the names of parameters that do not train.
+
+    Raises:
+        InputError: if there is no such backend or loss, or it misses a package.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class CausalLMModule(pl.LightningModule):
         layer_clip: float | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        check_compile(compile, cuda_graphs)
+        check_loss(loss)
         self.model = model.train()
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
@@ -98,7 +103,7 @@ class CausalLMModule(pl.LightningModule):
         if self.distillation is not None:
             self.distillation.start(self.model, self.loss != "model", self.compile_backend is not None)
         if self.cuda_graphs:
-            check_cuda_graphs(self.trainer, self.compile_backend, self.device.type, self.gradient_checkpointing)
+            check_cuda_graphs(self.trainer, self.device.type, self.gradient_checkpointing)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):

@@ -33,15 +33,11 @@ class CompiledBlocks:
             outputs, gradients too, are good until the next step.
 
     Raises:
-        InputError: if there is no such backend, the model has no blocks, or the backend records no CUDA graphs.
+        InputError: if the model has no blocks, or as `check_compile`.
     """
 
     def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
-        known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
-        if backend not in known:
-            raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
-        if cuda_graphs and backend != "inductor":
-            raise InputError("module.cuda_graphs=true records what inductor compiles: set module.compile=inductor too.")
+        check_compile(backend, cuda_graphs)
         layers = [*plain_layers(model), *(name for name, _ in quant_layers(model))]
         _, self.blocks = block_list(model, layers)
         self.backend, self.cuda_graphs, self._model = backend, cuda_graphs, type(model).__name__
@@ -98,7 +94,23 @@ class CompiledBlocks:
         return any(not hook.__module__.startswith("torch.distributed") for hook in hooks)
 
 
-def check_cuda_graphs(trainer: Any, backend: str | None, device: str, checkpointing: bool) -> None:
+def check_compile(backend: str | None, cuda_graphs: bool) -> None:
+    """Whether there is such a backend of torch.compile, and it records CUDA graphs where they are asked for.
+
+    Raises:
+        InputError: if not.
+    """
+    if backend is not None:
+        known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
+        if backend not in known:
+            raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
+    if cuda_graphs and backend != "inductor":
+        raise InputError(
+            "module.cuda_graphs=true records what inductor compiles: set module.compile=inductor, or leave it out."
+        )
+
+
+def check_cuda_graphs(trainer: Any, device: str, checkpointing: bool) -> None:
     """Whether blocks that train so can be recorded.
 
     Raises:
@@ -106,8 +118,6 @@ def check_cuda_graphs(trainer: Any, backend: str | None, device: str, checkpoint
     """
     option, mend = "module.cuda_graphs=true", "or leave it out."
     accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
-    if backend != "inductor":
-        raise InputError(f"{option} records what inductor compiles: set module.compile=inductor, {mend}")
     if device != "cuda":
         raise InputError(f"{option} is for GPUs, and this run is on {device}: set trainer.accelerator=gpu, {mend}")
     if trainer.accumulate_grad_batches != 1 or accumulates:

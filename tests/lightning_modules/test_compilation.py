@@ -262,9 +262,8 @@ def test_activations_quantized_in_part_are_one_graph():
     ids=str,
 )
 def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
-    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3), cuda_graphs=True, **options)
     with pytest.raises(InputError, match=mend):
-        fit(tmp_path, module)
+        fit(tmp_path, CausalLMModule(tiny_llama(), torch.optim.AdamW, cuda_graphs=True, **options))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,7 @@ def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
 def test_cuda_graphs_are_refused_where_gradients_outlive_a_step_or_blocks_run_twice(changed, mend):
     trainer = SimpleNamespace(**({"accumulate_grad_batches": 1, "world_size": 1, "callbacks": []} | changed))
     with pytest.raises(InputError, match=mend):
-        check_cuda_graphs(trainer, "inductor", "cuda", checkpointing=not changed)
+        check_cuda_graphs(trainer, "cuda", checkpointing=not changed)
 
 
 def test_only_inductor_records_cuda_graphs():
