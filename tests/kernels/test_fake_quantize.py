@@ -41,8 +41,10 @@ def grids(name, groups):
     format = parse_format(name)
     scale = 2.0 / format.range()[1] * (0.5 + torch.rand(groups, 1))
     if format.name.startswith("codebook"):
-        for rows in tables_of(groups):
-            yield format, ViewParams(scale, None, torch.randn(rows, format.entries).sort().values)
+        # No quantizer gives a codebook a zero point, but kernels know no quantizers.
+        zero_points = [None, torch.randint(-2, 3, (groups, 1)).float()] if name == "codebook16" else [None]
+        for rows, zero_point in product(tables_of(groups), zero_points):
+            yield format, ViewParams(scale, zero_point, torch.randn(rows, format.entries).sort().values)
     else:
         yield format, ViewParams(scale, torch.randint(0, 15, (groups, 1)).float() if name[0] == "u" else None)
 

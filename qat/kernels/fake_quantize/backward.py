@@ -103,12 +103,13 @@ def _fake_quantize_backward(
             own_scale = s
             v = quotient(own, s, inverse)
         if HAS_ZERO_POINT:
-            v += z
+            own_zero = tl.load(zero_point + at // GROUP, mask=inside, other=0.0).to(tl.float32) if GROUP > 0 else z
+            v += own_zero
         code = encode(v, table, GRID)
         if NEED_VALUES or NEED_SCALE:
             value = decode(code, table, GRID)
             if HAS_ZERO_POINT:
-                value -= z
+                value -= own_zero
             value *= own_scale
         if NEED_VALUES:
             tl.store(x_hat + at, kept_nan(value, own).to(x_hat.dtype.element_ty), mask=inside)
