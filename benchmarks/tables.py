@@ -186,15 +186,26 @@ def ptq(rows: Rows) -> str:
 
 
 def fake_quantize(rows: Rows) -> str:
-    """The share of copying's speed that every kernel reaches, and how much longer the peer takes."""
+    """The share of copying's speed that every kernel reaches, and how much longer the peer takes, over all matrices."""
     lines = [
-        _line("grid", "scales", "pass", "matrix", "µs", "of copying", "torch.compile"),
-        _line(*["---"] * 4, *["--:"] * 3),
+        _line("grid", "scales", "pass", "of copying, worst", "best", "torch.compile, worst", "best"),
+        _line(*["---"] * 3, *["--:"] * 4),
     ]
+    kernels: dict[tuple[str, str, str], Rows] = {}
     for row in rows:
-        figures = f"{row['us']:.1f}", f"{row['copy_share']:.0%}", f"{row['peer_us'] / row['us']:.2f}x"
-        lines.append(_line(row["format"], row["granularity"], row["direction"], _times(row["shape"]), *figures))
-    return "\n".join(lines)
+        kernels.setdefault((row["format"], row["granularity"], row["direction"]), []).append(row)
+    for kernel, own in kernels.items():
+        shares = _ends(own, lambda row: float(row["copy_share"]), ".0%")
+        lines.append(_line(*kernel, *shares, *_ends(own, lambda row: row["peer_us"] / row["us"], ".2f", "x")))
+    shapes = dict.fromkeys(_times(row["shape"]) for row in rows)
+    return "\n".join([*lines, "", f"Matrices: {', '.join(shapes)}."])
+
+
+def _ends(rows: Rows, figure: Callable[[dict[str, Any]], float], format: str, unit: str = "") -> list[str]:
+    """The least and the greatest of a figure, and the matrices that they are of where these are several."""
+    of = "" if len(rows) == 1 else " ({})"
+    ends = min(rows, key=figure), max(rows, key=figure)
+    return [f"{figure(row):{format}}{unit}{of.format(_times(row['shape']))}" for row in ends]
 
 
 def train_step(rows: Rows) -> str:

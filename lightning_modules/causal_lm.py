@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.clipping import LayerClip, check_clipping
-from lightning_modules.compilation import CompiledBlocks, check_cuda_graphs
+from lightning_modules.compilation import CompiledBlocks, check_compile, check_cuda_graphs
 from lightning_modules.data.windows import IGNORED
 from lightning_modules.distillation import Distillation
 from lightning_modules.distillation.objective import split
 from lightning_modules.finite import FiniteWatch, skip_unless_finite
 from lightning_modules.freezing import freeze
-from lightning_modules.loss import HeadLoss, head_loss
+from lightning_modules.loss import HeadLoss, check_loss, head_loss
 from qat.errors import InputError
 from qat.nn import QuantLayer
 from qat.quantizers import NoQuantizer, Quantizer
@@ -46,6 +46,9 @@ class CausalLMModule(pl.LightningModule):
         distill: the objective of training instead of the cross entropy alone, its teacher made already when a fit
             begins; None, or an empty mapping: none. Evaluation is the cross entropy in any case.
         freeze: patterns of the names of parameters that do not train.
+
+    Raises:
+        InputError: if there is no such backend or loss, or it misses a package.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class CausalLMModule(pl.LightningModule):
         layer_clip: float | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        check_compile(compile, cuda_graphs)
+        check_loss(loss)
         self.model = model.train()
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
@@ -98,13 +103,18 @@ class CausalLMModule(pl.LightningModule):
         if self.distillation is not None:
             self.distillation.start(self.model, self.loss != "model", self.compile_backend is not None)
         if self.cuda_graphs:
-            check_cuda_graphs(self.trainer, self.compile_backend, self.device.type, self.gradient_checkpointing)
+            check_cuda_graphs(self.trainer, self.device.type, self.gradient_checkpointing)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        known = any(isinstance(callback, _EndsFit) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if known else [_EndsFit()]
+
     def on_fit_end(self) -> None:
+        """Leave nothing of what made training fast, after an exception too."""
         self.head_loss = self.layer_clip = None
         if self.distillation is not None:
             self.distillation.stop()
@@ -261,6 +271,13 @@ class CausalLMModule(pl.LightningModule):
         largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
         worst = max(largest, key=lambda name: largest[name])
         return f"{what} First at fault: {worst}. {_MEND}"
+
+
+class _EndsFit(pl.Callback):
+    """Ends a fit of CausalLMModule that an exception breaks off, of which Lightning tells callbacks only."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        pl_module.on_fit_end()
 
 
 def parameter_groups(model: nn.Module, quantizer_lr: float | None = None) -> list[dict[str, Any]]:

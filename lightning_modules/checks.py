@@ -9,6 +9,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
+from lightning_modules.compilation import check_compile
+from lightning_modules.loss import check_loss
 from lightning_modules.models import LoadedModel
 from qat.errors import InputError
 from qat.nn import LowBitLinear
@@ -31,6 +33,16 @@ def check_numbers(cfg: DictConfig) -> None:
     rate = OmegaConf.select(cfg, "optimizer.lr")
     if rate is not None and not (isinstance(rate, int | float) and rate > 0):
         raise InputError(f"optimizer.lr is {rate}; it is a positive number, such as 1e-4.")
+
+
+def check_module(cfg: DictConfig) -> None:
+    """Refuse a compiler's backend and a loss of `cfg.module` that there are none of, before a model is loaded.
+
+    Raises:
+        InputError: if there are none.
+    """
+    check_compile(cfg.module.get("compile"), cfg.module.get("cuda_graphs", False))
+    check_loss(cfg.module.get("loss", "auto"))
 
 
 def check_positions_and_tokens(loaded: LoadedModel, sequence_length: int) -> None:

@@ -15,6 +15,7 @@ from qat.transforms.blocks import block_list
 from qat.transforms.layers import plain_layers, quant_layers
 
 _MORE_BACKENDS = ("aot_eager", "eager")  # they trace and compile nothing: to find out what does not trace
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 _ROOM = 8  # graphs of one block: training, evaluation, each with another batch size
 
 
@@ -32,28 +33,31 @@ class CompiledBlocks:
             outputs, gradients too, are good until the next step.
 
     Raises:
-        InputError: if there is no such backend, the model has no blocks, or the backend records no CUDA graphs.
+        InputError: if the model has no blocks, or as `check_compile`.
     """
 
     def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
-        known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
-        if backend not in known:
-            raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
-        if cuda_graphs and backend != "inductor":
-            raise InputError("module.cuda_graphs=true records what inductor compiles: set module.compile=inductor too.")
+        check_compile(backend, cuda_graphs)
         layers = [*plain_layers(model), *(name for name, _ in quant_layers(model))]
         _, self.blocks = block_list(model, layers)
         self.backend, self.cuda_graphs, self._model = backend, cuda_graphs, type(model).__name__
         self._modules = [module for block in self.blocks for module in block.modules()]
-        # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, _ROOM * len(self.blocks))
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
+        options = _options(backend, cuda_graphs)
         for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, options=_options(backend, cuda_graphs))
+            block.compile(backend=backend, fullgraph=True, options=options)
+        # Blocks share one cache of graphs; where a plan gives each other bits, none shares its graph.
+        config, room = torch._dynamo.config, _ROOM * len(self.blocks)
+        self._limits = {name: getattr(config, name) for name in _LIMITS}
+        for name, limit in self._limits.items():
+            setattr(config, name, max(limit, room))
 
     def undo(self) -> None:
-        """Let the blocks run as they did before, and give back what CUDA graphs hold: memory, and gradients in it."""
+        """Let the blocks run as they did before, and give back what CUDA graphs hold: memory, and gradients in it.
+
+        The limits of torch's compiler, which are those of the whole process, are again what they were.
+        """
+        for name, limit in self._limits.items():
+            setattr(torch._dynamo.config, name, limit)
         for block in self.blocks:
             block._compiled_call_impl = None
         if self.cuda_graphs:
@@ -90,7 +94,23 @@ class CompiledBlocks:
         return any(not hook.__module__.startswith("torch.distributed") for hook in hooks)
 
 
-def check_cuda_graphs(trainer: Any, backend: str | None, device: str, checkpointing: bool) -> None:
+def check_compile(backend: str | None, cuda_graphs: bool) -> None:
+    """Whether there is such a backend of torch.compile, and it records CUDA graphs where they are asked for.
+
+    Raises:
+        InputError: if not.
+    """
+    if backend is not None:
+        known = [*torch._dynamo.list_backends(), *_MORE_BACKENDS]
+        if backend not in known:
+            raise InputError(f"module.compile is '{backend}'.{nearest(str(backend), known)}")
+    if cuda_graphs and backend != "inductor":
+        raise InputError(
+            "module.cuda_graphs=true records what inductor compiles: set module.compile=inductor, or leave it out."
+        )
+
+
+def check_cuda_graphs(trainer: Any, device: str, checkpointing: bool) -> None:
     """Whether blocks that train so can be recorded.
 
     Raises:
@@ -98,8 +118,6 @@ def check_cuda_graphs(trainer: Any, backend: str | None, device: str, checkpoint
     """
     option, mend = "module.cuda_graphs=true", "or leave it out."
     accumulates = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
-    if backend != "inductor":
-        raise InputError(f"{option} records what inductor compiles: set module.compile=inductor, {mend}")
     if device != "cuda":
         raise InputError(f"{option} is for GPUs, and this run is on {device}: set trainer.accelerator=gpu, {mend}")
     if trainer.accumulate_grad_batches != 1 or accumulates:

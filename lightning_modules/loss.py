@@ -35,6 +35,7 @@ class HeadLoss:
     """
 
     def __init__(self, model: Any, kind: str) -> None:
+        check_loss(kind)
         self.kind, self.head = kind, Head(model, f"module.loss={kind}", _MEND)
         self._sum = _sum_of(kind, self.head.linear, next(model.parameters()).device)
 
@@ -56,14 +57,26 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
 
 
+def check_loss(kind: str) -> None:
+    """Whether there is such a loss, and the package that it comes from; what it asks of a model is asked by `HeadLoss`.
+
+    Raises:
+        InputError: if not.
+    """
+    if kind not in LOSSES:
+        raise InputError(f"module.loss is '{kind}'.{nearest(str(kind), LOSSES)}")
+    if kind in _PACKAGES and importlib.util.find_spec(_PACKAGES[kind]) is None:
+        raise InputError(
+            f"module.loss={kind} needs a package: pip install lightning-qat[{kind}], or set it to chunked."
+        )
+
+
 def head_loss(model: nn.Module, kind: str) -> HeadLoss | None:
     """What computes the loss of `model`; None: the model itself. `auto` is `chunked` wherever that is the same.
 
     Raises:
         InputError: if there is no such loss, or it does not fit the model.
     """
-    if kind not in LOSSES:
-        raise InputError(f"module.loss is '{kind}'.{nearest(str(kind), LOSSES)}")
     if kind != "auto":
         return None if kind == "model" else HeadLoss(model, kind)
     try:
@@ -81,10 +94,6 @@ def _sum_of(kind: str, head: nn.Linear, device: torch.device) -> Sum:
     if kind == "chunked":
         # The logits of a chunk then take as much memory as the gradient of the weight.
         return partial(chunked, head.in_features)
-    if importlib.util.find_spec(_PACKAGES[kind]) is None:
-        raise InputError(
-            f"module.loss={kind} needs a package: pip install lightning-qat[{kind}], or set it to chunked."
-        )
     if device.type != "cuda":
         raise InputError(f"module.loss={kind} runs on a GPU only: set module.loss=chunked.")
     if kind == "cce" and head.bias is not None:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from lightning_modules.allocator import keep_freed_memory
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.checks import check_numbers, check_positions_and_tokens, check_strategy, emulates_fp8
+from lightning_modules.checks import (
+    check_module,
+    check_numbers,
+    check_positions_and_tokens,
+    check_strategy,
+    emulates_fp8,
+)
 from lightning_modules.data import CausalLMDataModule
 from lightning_modules.distillation import Distillation
 from lightning_modules.distillation.fill import fill
@@ -60,6 +66,7 @@ class Job:
 
     def __init__(self, cfg: DictConfig) -> None:
         check_numbers(cfg)
+        check_module(cfg)
         pl.seed_everything(cfg.seed, verbose=False)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)

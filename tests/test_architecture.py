@@ -66,6 +66,17 @@ def test_no_import_cycle():
         visit(module, [])
 
 
+def test_kernels_use_no_private_name_of_another_module():
+    for file in (ROOT / "qat" / "kernels").glob("**/*.py"):
+        tree = ast.parse(file.read_text())
+        from_project = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("qat")]
+        imported = [alias for node in from_project for alias in node.names]
+        assert not [alias.name for alias in imported if alias.name.startswith("_")], file
+        modules = {alias.asname or alias.name for alias in imported}
+        used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+        assert not [n.attr for n in used if n.value.id in modules and n.attr.startswith("_")], file
+
+
 def test_every_file_belongs_to_a_floor():
     assert len(imports()) > 30
     assert all(floor(module) >= 0 for module in imports())

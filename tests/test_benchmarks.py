@@ -1,11 +1,25 @@
 """The accuracy benchmarks run to their end, on a toy."""
 
+import math
 import sys
 
 import pytest
 import torch
 
-from benchmarks import grids, kv_cache, loss, loss_curve, low_bit_step, mixed, pruning, recipe, tables, train_step
+from benchmarks import (
+    fake_quantize,
+    grids,
+    kv_cache,
+    loss,
+    loss_curve,
+    low_bit_step,
+    mixed,
+    pruning,
+    recipe,
+    tables,
+    train_step,
+)
+from qat.numerics.granularity import parse_granularity
 from qat.planning import integers, planned_layers, storage
 from tests.conftest import tiny_llama
 
@@ -36,6 +50,27 @@ def results(monkeypatch, tmp_path):
 def run(monkeypatch, module, *arguments, steps=("--steps", "3")):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--texts", ".", *steps, *arguments])
     module.main()
+
+
+def test_the_table_of_kernels_has_the_worst_and_the_best_of_all_shapes():
+    shapes = {(4096, 4096): (0.9, 1.5), (576, 1536): (0.3, 0.8), (8192, 8192): (0.95, 1.2)}
+    kernel = {"format": "int4", "granularity": "per_channel", "direction": "forward"}
+    rows = [
+        kernel | {"shape": list(shape), "us": 10.0, "copy_share": share, "peer_us": 10 * peer}
+        for shape, (share, peer) in shapes.items()
+    ]
+    table = tables.fake_quantize([*rows, rows[0] | {"direction": "backward"}]).splitlines()
+    best = "95% (8192 x 8192) | 0.80x (576 x 1536) | 1.50x (4096 x 4096) |"
+    assert table[2] == f"| int4 | per_channel | forward | 30% (576 x 1536) | {best}"
+    assert table[3] == "| int4 | per_channel | backward | 90% | 90% | 1.50x | 1.50x |"
+    assert table[-1] == "Matrices: 4096 x 4096, 576 x 1536, 8192 x 8192."
+
+
+def test_kernels_are_measured_at_sizes_that_launches_bound_too():
+    assert {(576, 1536), (2048, 512)} < set(fake_quantize.SHAPES)
+    for _, spelling, *_ in (*fake_quantize.STATIC, *fake_quantize.DYNAMIC):
+        for shape in fake_quantize.SHAPES:
+            assert parse_granularity(spelling).view(torch.empty(shape, device="meta")).numel() == math.prod(shape)
 
 
 def test_grids(results, monkeypatch):

@@ -77,6 +77,18 @@ def test_a_step_is_profiled_on_the_gpu(shell):  # noqa: F811
     assert all(spent > 0 for spent in milliseconds.values())
 
 
+@pytest.mark.parametrize("graphs", ["false", "true"])
+def test_a_compiled_step_is_profiled_on_the_gpu(shell, graphs):  # noqa: F811
+    compiled = "module.compile=inductor", f"module.cuda_graphs={graphs}", "trainer.accelerator=gpu"
+    profile = "callbacks.profile.steps=2", "callbacks.profile.warmup=5"
+    shell.run("trainer.max_steps=9", *compiled, *profile, "hydra.run.dir=run")
+    found = json.loads((shell.folder / "run" / "profile.json").read_text())
+    milliseconds = {row["what"]: row["ms"] for row in found["time"]}
+    assert sum(milliseconds.values()) == pytest.approx(found["ms_a_step"])
+    assert all(milliseconds[what] > 0 for what in ("fake quantization", "matrix products", "fused by the compiler"))
+    assert len(found["notes"]) == (2 if graphs == "true" else 1)
+
+
 @pytest.mark.parametrize("compile", ["aot_eager", "inductor"])
 def test_compiled_blocks_compute_the_same_on_the_gpu(compile):
     model = qat.prepare(tiny_llama().cuda(), SCHEMES["w4a8"]).train()

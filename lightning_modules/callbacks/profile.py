@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lightning_modules.attribution import FAKE_QUANTIZATION, IDLE, OPTIMIZER, attribute, peak_allocated
+from lightning_modules.attribution import FAKE_QUANTIZATION, FUSED, IDLE, OPTIMIZER, attribute, peak_allocated
+from lightning_modules.compilation import CompiledBlocks
 from qat.atomic import replaced_file
 from qat.errors import InputError
 from qat.quantizers import Quantizer
@@ -27,9 +28,9 @@ class Profile(Callback):
     """Records a few steps after warm-up, prints one table of time and memory, and writes it as `profile.json`.
 
     Time is that of the device: of kernels on a GPU, else of operators on the CPU; what is left of the steps' wall time
-    is idle, recording included, which goes on between operators. Inside compiled blocks the search for scales is
-    elementwise like what it is fused with. Activations are the peak of allocated memory less everything that has a row
-    of its own.
+    is idle, recording included, which goes on between operators. What inductor fuses has a row of its own, and the
+    table says what is in there. In blocks that another backend compiles the search for scales is elementwise.
+    Activations are the peak of allocated memory less everything that has a row of its own.
 
     Args:
         folder: where profile.json is written.
@@ -115,6 +116,7 @@ class Profile(Callback):
             "ms_a_step": wall * 1e3 / self.steps,
             "time": self._time(wall * 1e6, on_gpu=pl_module.device.type == "cuda"),
             "memory": self._memory(trainer, pl_module),
+            "notes": notes(getattr(pl_module, "compiled", None)),
         }
         self._profiler, self.steps = None, None
         with replaced_file(self.path) as temporary:
@@ -158,9 +160,27 @@ class Profile(Callback):
         return [{"what": name, "mib": size / _MIB, "share": size / whole} for name, size in sizes.items()]
 
 
+def notes(compiled: CompiledBlocks | None) -> list[str]:
+    """What cannot be told apart in the time of a step whose blocks are `compiled`; None are not."""
+    if compiled is None or compiled.backend != "inductor":
+        return []
+    found = [
+        f"{FUSED}: norms, activations and elementwise operators, and what quantizers compute in plain PyTorch: scales, "
+        "codes that are multiplied, on a CPU all of uniform grids. One kernel computes several of them, so what "
+        f"{FAKE_QUANTIZATION} takes in there is not known; its row is that of its own kernels."
+    ]
+    if compiled.cuda_graphs:
+        found.append(
+            f"CUDA graphs: kernels are told by their names alone; one whose name says nothing counts as {FUSED}. "
+            "Memory that a graph keeps for itself counts as free, and so is in no row."
+        )
+    return found
+
+
 def table(found: dict[str, Any]) -> Table:
     """The contents of profile.json, to read."""
-    shown = Table(title=f"a training step on the {found['device']}, mean of {found['steps']}")
+    caption = "\n".join(found["notes"]) or None
+    shown = Table(title=f"a training step on the {found['device']}, mean of {found['steps']}", caption=caption)
     shown.add_column("")
     for heading in ("a step", "share", "calls"):
         shown.add_column(heading, justify="right")

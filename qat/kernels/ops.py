@@ -30,7 +30,8 @@ _GRID = "Tensor scale, Tensor? zero_point, Tensor? codebook, str format"
 _RULE = "str rule, ScalarType scale_dtype"
 
 
-def _in_triton(x: Tensor, format: Format) -> bool:
+def quantizes_in_triton(x: Tensor, format: Format) -> bool:
+    """Whether Triton's kernels find the codes of `x` on the grid `format`; they have none for vector codebooks."""
     return dispatch.runs_triton(x) and not isinstance(format, VectorFormat)
 
 
@@ -41,7 +42,7 @@ def _grid(grid: Sequence[Any]) -> tuple[ViewParams, Format]:
 
 def _kernels(x: Tensor, format: Format) -> Any:
     """The module that computes on `x`. Triton is imported at its first use: `import qat` stays light."""
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return reference
     from qat.kernels.fake_quantize import triton
 
@@ -80,14 +81,14 @@ def _restore(x: Tensor, codes: Tensor | None, out: Tensor, *grid: Any) -> None:
     if codes is None:
         _kernels(x, format).fake_quantize(x, out, params, format)
     else:
-        _kernels(x, format).dequantize(codes, out, params, format)
+        reference.restore(x, codes, out, params, format)
 
 
 def _backward_of_view(
     grad: Tensor, x: Tensor, codes: Tensor | None, x_hat: Tensor | None, needs: list[bool], *grid: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     params, format = _grid(grid)
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return reference.fake_quantize_backward(grad, x, codes, x_hat, needs, params, format)
     from qat.kernels.fake_quantize import backward
 
@@ -106,7 +107,7 @@ def _backward_fake(
 
 def _dynamic_kernels(x: Tensor, rule: str, format: Format) -> Any:
     """The module that finds scales of `x` and uses them in one pass; None where there is none."""
-    if not _in_triton(x, format):
+    if not quantizes_in_triton(x, format):
         return None
     from qat.kernels.fake_quantize import dynamic
 
@@ -229,7 +230,7 @@ def fake_quantize_to_keep(
         return fake_quantize_view(x, dtype, *grid), None
     codes = quantize_view(x, *grid) if codes is None else codes
     x_hat = scratch("weight", x.shape, dtype, x.device)
-    dequantize_view_(codes, x_hat, *grid)
+    restore_view_(x, codes, x_hat, *grid)
     return x_hat, codes
 
 
@@ -275,7 +276,7 @@ def grid_of(qparams: QParams, format: Format, groups: int) -> tuple[Any, ...]:
 def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granularity) -> Tensor:
     """Quantize and dequantize `x` of any shape; differentiable, saves nothing beyond x and the qparams.
 
-    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient, for finite x.
+    Equal to `qat.numerics.functional.fake_quantize` in value and in every gradient.
     """
     view = granularity.view(x)
     grid = grid_of(qparams, format, len(view))

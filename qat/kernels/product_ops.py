@@ -25,7 +25,7 @@ from qat.numerics.qtensor import QParams
 
 def _row_codes(x: Tensor, scale_dtype: torch.dtype, format: str) -> tuple[Tensor, Tensor]:
     grid = parse_format(format)
-    if not ops._in_triton(x, grid):
+    if not ops.quantizes_in_triton(x, grid):
         return operand_codes.row_codes(x, scale_dtype, grid)
     from qat.kernels.operand_codes import rows
 
@@ -47,7 +47,7 @@ def _gradient_codes(
     whole: bool,
 ) -> GradientCodes:
     grid = parse_format(format)
-    if not ops._in_triton(g, grid):
+    if not ops.quantizes_in_triton(g, grid):
         return operand_codes.gradient_codes(g, across, down, _noise(seed, (2, *g.shape)), scale_dtype, grid, whole)
     from qat.kernels.operand_codes import gradients
 
@@ -117,7 +117,7 @@ def dynamic_codes_to_multiply(
         if _left_to_a_compiler(x, format, stored):
             found = DYNAMIC_RULES[rule](granularity.view(x.detach()), format, scale_dtype)
             qparams = QParams(found.scale.reshape(shape))
-        elif rule == "absmax" and granularity != PerTensor() and ops._in_triton(x, format):
+        elif rule == "absmax" and granularity != PerTensor() and ops.quantizes_in_triton(x, format):
             codes, scale = _row_codes_of(granularity.view(x.detach()), scale_dtype, format.name)
             return granularity.unview(codes, x.shape), QParams(scale.reshape(shape))
         else:
@@ -128,7 +128,7 @@ def dynamic_codes_to_multiply(
 
 
 def _left_to_a_compiler(x: Tensor, format: Format, stored: bool) -> bool:
-    return torch.compiler.is_compiling() and not (stored and ops._in_triton(x, format))
+    return torch.compiler.is_compiling() and not (stored and ops.quantizes_in_triton(x, format))
 
 
 def gradient_codes(
@@ -153,7 +153,7 @@ def gradient_codes(
         granularity: per token, which is a scale for each row of what is returned, or per tensor.
     """
     whole = granularity == PerTensor()
-    if ops._in_triton(g, format):
+    if ops.quantizes_in_triton(g, format):
         seed = torch.randint(2**62, (1,), device=g.device) if stochastic else None
         return GradientCodes(*_gradient_codes_of(g, across, down, seed, scale_dtype, format.name, whole))
     noise = torch.rand(2, *g.shape, device=g.device) if stochastic else None

@@ -18,6 +18,9 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     (arXiv 1902.08153), the LSQ+ gradient of a zero point (arXiv 2004.09576), and for every codebook entry the sum of
     its members' gradients. This is the definition; `qat.kernels` computes the same in fewer passes.
 
+    No code stands for NaN, but x_hat is NaN where x is, so that a run that diverges does not look healthy. There x is
+    outside of every grid that clips, and a member of no codebook entry; a scale's gradient is NaN.
+
     Args:
         x: any shape and floating dtype.
 
@@ -28,7 +31,8 @@ def fake_quantize(x: Tensor, qparams: QParams, format: Format, granularity: Gran
     v = format.clip(scale_down(granularity.view(x), params))
     with torch.no_grad():
         codes = format.encode(v, params.codebook)
-    v_hat = straight_through(v, format.decode(codes, params.codebook))
+    v_hat = torch.where(v.isnan(), v.detach(), format.decode(codes, params.codebook))
+    v_hat = straight_through(v, v_hat)
     return granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
 
 

@@ -15,7 +15,7 @@ from qat.kernels.rule_linear import rule_quantized_linear
 from qat.numerics.finite import all_finite
 from qat.numerics.formats import Format
 from qat.numerics.granularity import Granularity, parse_granularity
-from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams
+from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams, codes_shape
 from qat.numerics.ste import straight_through
 from qat.quantizers.mask import Masked
 from qat.quantizers.observers import MinMaxObserver, Observer
@@ -207,16 +207,26 @@ class Quantizer(Masked, ABC):
     def _of_weight(self, weight: Tensor) -> tuple[QParams, Tensor | None]:
         """The qparams of `weight`, and its codes where those of the step are kept."""
         detached = weight.detach() if self.mask is None else self.masked(weight.detach())
-        if self.step_codes is None or not (self.training and torch.is_grad_enabled()):
+        if not self._keeps_step_codes:
             return self.ready_qparams(detached), None
+        assert self.step_codes is not None
         return self.step_codes.of(detached, self.ready_qparams, self.rule is not None, self.format, self.granularity)
+
+    @property
+    def _keeps_step_codes(self) -> bool:
+        return self.step_codes is not None and self.training and torch.is_grad_enabled()
 
     @final
     def codes(self, x: Tensor, stored: bool = False) -> tuple[Tensor, QParams]:
         """What a product of codes multiplies: those of `x`, and their qparams, differentiable to what is learned.
 
-        `stored`: x is a weight, not what an operator before has just made.
+        `stored`: x is a weight, not what an operator before has just made; the codes of the step serve, where they are
+        kept.
         """
+        if stored and self._keeps_step_codes:
+            qparams, kept = self._of_weight(x)
+            assert kept is not None
+            return self.granularity.of_codes(self.format.block).unview(kept, codes_shape(x.shape, self.format)), qparams
         x = self.masked(x)
         if self.rule is not None and self.follows_rule:
             rule = self.rule, self.format, self.granularity, self.scale_dtype

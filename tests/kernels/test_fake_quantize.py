@@ -41,8 +41,10 @@ def grids(name, groups):
     format = parse_format(name)
     scale = 2.0 / format.range()[1] * (0.5 + torch.rand(groups, 1))
     if format.name.startswith("codebook"):
-        for rows in tables_of(groups):
-            yield format, ViewParams(scale, None, torch.randn(rows, format.entries).sort().values)
+        # No quantizer gives a codebook a zero point, but kernels know no quantizers.
+        zero_points = [None, torch.randint(-2, 3, (groups, 1)).float()] if name == "codebook16" else [None]
+        for rows, zero_point in product(tables_of(groups), zero_points):
+            yield format, ViewParams(scale, zero_point, torch.randn(rows, format.entries).sort().values)
     else:
         yield format, ViewParams(scale, torch.randint(0, 15, (groups, 1)).float() if name[0] == "u" else None)
 
@@ -55,7 +57,14 @@ def values(groups, elements, params, dtype):
 
 
 def same(found, expected, what):
-    assert torch.equal(found.cpu(), expected), what
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0, equal_nan=True, msg=str(what))
+
+
+def spoilt(x):
+    """`x` with a value that is no number: a training that diverges must not look healthy."""
+    x = x.clone()
+    x[-1, 3] = float("nan")
+    return x
 
 
 def compare_codes_and_values(device, formats=FORMATS):
@@ -79,6 +88,10 @@ def compare_codes_and_values(device, formats=FORMATS):
             out = torch.empty(size, dtype=dtype, device=device)
             triton.fake_quantize(x.to(device), out, there, format)
             same(out, x_hat, what)
+            reference.fake_quantize(spoilt(x), x_hat, params, format)
+            triton.fake_quantize(spoilt(x).to(device), out, there, format)
+            same(out, x_hat, what)
+            assert x_hat.isnan().nonzero().tolist() == [[size[0] - 1, 3]], what
 
 
 def compare_gradients(device, formats=LEARNED):
@@ -87,9 +100,11 @@ def compare_gradients(device, formats=LEARNED):
     torch.manual_seed(0)
     for name, size in product(formats, SIZES):
         for format, params in grids(name, size[0]):
-            x, all_there = values(*size, params, torch.float32), [param is not None for param in params[:3]]
-            for needs, restore in product(
-                ([True, *all_there], [False] * 4, [True, False, False, False]), (True, False)
+            healthy, all_there = values(*size, params, torch.float32), [param is not None for param in params[:3]]
+            for x, needs, restore in product(
+                (healthy, spoilt(healthy)),
+                ([True, *all_there], [False] * 4, [True, False, False, False]),
+                (True, False),
             ):
                 what, g = (name, size, needs), torch.randn(size)
                 dx, x_hat = g.clone(), torch.zeros(size) if restore else None
@@ -102,7 +117,7 @@ def compare_gradients(device, formats=LEARNED):
                     same(own_hat, x_hat, what)
                 for a, b, need in zip(found, expected, needs[1:], strict=True):
                     if need:
-                        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-3)
+                        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def compare_dynamic_scales(device, rules=RULES, most=16384):
@@ -128,11 +143,9 @@ def compare_dynamic_scales(device, rules=RULES, most=16384):
             out = torch.empty(x.shape, device=device)
             dynamic.fake_quantize(x.to(device), out, rule, dtype, there, format)
             same(out, x_hat, what)
-            spoilt = x.clone()
-            spoilt[-1, 3] = float("nan")  # a training that diverges must not look healthy
-            if rule != "microscaling":
-                dynamic.fake_quantize(spoilt.to(device), out, rule, dtype, there, format)
-                assert out[-1].isnan().all()
+            dynamic.fake_quantize(spoilt(x).to(device), out, rule, dtype, there, format)
+            assert out[-1, 3].isnan() if rule == "microscaling" else out[-1].isnan().all()
+            assert out[:-1].isfinite().all()
 
 
 CHECKS = {compare_codes_and_values: FORMATS, compare_gradients: LEARNED, compare_dynamic_scales: RULES}
@@ -170,5 +183,5 @@ def test_the_references_can_be_asked_for():
     x = torch.randn(4, 64, device="cuda")
     fast = ops.quantize_view(x, torch.ones(4, 1, device="cuda"), None, None, "int4")
     with ops.reference_kernels():
-        assert not ops._in_triton(x, parse_format("int4"))
+        assert not ops.quantizes_in_triton(x, parse_format("int4"))
         assert torch.equal(fast, ops.quantize_view(x, torch.ones(4, 1, device="cuda"), None, None, "int4"))

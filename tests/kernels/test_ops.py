@@ -51,6 +51,36 @@ def test_the_operator_equals_the_definition(name, spelling, shape):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+@pytest.mark.parametrize(("name", "spelling"), [*CASES, ("fp8_e4m3", "per_tensor"), ("fp4_e2m1", "per_channel")])
+def test_what_is_no_number_stays_none(name, spelling):
+    """Neither a value of a grid nor a member of a codebook's entry; inside of no grid that clips."""
+    x, qparams, format, granularity = case(name, spelling, (24, 48))
+    x.data[5, 7] = torch.nan
+    leaves, g = [x, *(field for field in qparams if field is not None)], torch.randn(24, 48)
+    fused = ops.fake_quantize(x, qparams, format, granularity)
+    assert fused.isnan().nonzero().tolist() == [[5, 7]]
+    found, expected = (
+        torch.autograd.grad(y, leaves, g) for y in (fused, functional.fake_quantize(x, qparams, format, granularity))
+    )
+    assert found[0][5, 7] == (0 if format.saturates else g[5, 7])
+    assert found[1].isnan().sum() == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["codes kept", "codes found anew"])
+@pytest.mark.parametrize("name", ["int3", "codebook8"])
+def test_a_weight_that_is_no_number_stays_none(name, kept, monkeypatch):
+    monkeypatch.setattr(ops, "keeps_codes", lambda weight: kept)
+    weight, qparams, format, granularity = case(name, "per_channel", (24, 48))
+    weight.data[5, 7] = torch.nan
+    x = torch.randn(3, 48, requires_grad=True)
+    y = fake_quantized_linear(x, weight, None, qparams, format, granularity)
+    assert y.isnan().nonzero()[:, 1].unique().tolist() == [5]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.isnan().nonzero()[:, 1].unique().tolist() == [7]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "spelling"), CASES)
 def test_the_linear_layer_equals_its_two_parts(name, spelling, dtype):

@@ -1,11 +1,13 @@
 """Compiled blocks are one graph, and compute what they compute without one, to the bit where nothing is fused."""
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
@@ -182,6 +184,31 @@ def test_a_loss_that_is_no_number_is_explained(tmp_path):
         fit(tmp_path, module)
 
 
+class Broken(Exception):
+    pass
+
+
+class Breaks(pl.Callback):
+    def on_train_batch_end(self, *arguments):
+        raise Broken
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
+def test_after_a_fit_the_process_is_as_before(tmp_path, breaks):
+    """Also after one that an exception ends: limits of the compiler, graphs, and what else is for a fit only."""
+    config = torch._dynamo.config
+    limits, seen = (config.recompile_limit, config.accumulated_recompile_limit), []
+    module = CausalLMModule(tiny_llama(num_hidden_layers=3), partial(torch.optim.AdamW, lr=1e-3), compile="aot_eager")
+    look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(config.recompile_limit))
+    with pytest.raises(Broken) if breaks else nullcontext():
+        fit(tmp_path, module, look, *([Breaks()] if breaks else []))
+    assert seen[0] > limits[0]
+    assert (config.recompile_limit, config.accumulated_recompile_limit) == limits
+    assert module.compiled is None
+    assert module.head_loss is None
+    assert not any(m._compiled_call_impl for m in module.modules())
+
+
 def test_what_cannot_be_compiled_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"module.compile is 'inducktor'. Did you mean 'inductor'"):
         CompiledBlocks(tiny_llama(), "inducktor")
@@ -235,9 +262,8 @@ def test_activations_quantized_in_part_are_one_graph():
     ids=str,
 )
 def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
-    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3), cuda_graphs=True, **options)
     with pytest.raises(InputError, match=mend):
-        fit(tmp_path, module)
+        fit(tmp_path, CausalLMModule(tiny_llama(), torch.optim.AdamW, cuda_graphs=True, **options))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +279,7 @@ def test_cuda_graphs_are_refused_where_there_are_none(options, mend, tmp_path):
 def test_cuda_graphs_are_refused_where_gradients_outlive_a_step_or_blocks_run_twice(changed, mend):
     trainer = SimpleNamespace(**({"accumulate_grad_batches": 1, "world_size": 1, "callbacks": []} | changed))
     with pytest.raises(InputError, match=mend):
-        check_cuda_graphs(trainer, "inductor", "cuda", checkpointing=not changed)
+        check_cuda_graphs(trainer, "cuda", checkpointing=not changed)
 
 
 def test_only_inductor_records_cuda_graphs():

@@ -13,6 +13,7 @@ from lightning_modules.callbacks import GracefulStop, LastCheckpoint, ProgressBa
 from lightning_modules.callbacks.monitor import measure_weight
 from lightning_modules.causal_lm import CausalLMModule, first_non_finite, parameter_groups
 from lightning_modules.loggers import CSVLogger
+from lightning_modules.pipeline import Job
 from lightning_modules.report import Report, plot_training
 from qat.errors import InputError
 from qat.kernels import ops
@@ -20,9 +21,28 @@ from qat.quantizers import KMeansQuantizer, LSQQuantizer, MinMaxQuantizer
 from qat.transforms import quant_layers
 from tests.conftest import tiny_llama
 from tests.models import tiny_mixtral
+from tests.test_configs import composed
 
 TOKEN8 = partial(MinMaxQuantizer, bits=8, granularity="per_token")
 LSQ3 = partial(LSQQuantizer, bits=3, granularity="per_group_32")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"compile": "inducktor"}, "module.compile is 'inducktor'. Did you mean 'inductor'"),
+        ({"cuda_graphs": True}, "set module.compile=inductor"),
+        ({"loss": "chunkt"}, "module.loss is 'chunkt'. Did you mean 'chunked'"),
+    ],
+    ids=["compile", "cuda_graphs", "loss"],
+)
+def test_options_that_are_none_are_refused_before_anything_is_loaded(option, message, tmp_path):
+    """By the module itself, and by a run before it loads a model."""
+    with pytest.raises(InputError, match=message):
+        CausalLMModule(tiny_llama(), torch.optim.AdamW, **option)
+    words = [f"module.{name}={value}" for name, value in option.items()]
+    with pytest.raises(InputError, match=message):
+        Job(composed(tmp_path, "model=hf", "model.name=/nowhere", *words))
 
 
 def test_every_parameter_is_in_one_group():

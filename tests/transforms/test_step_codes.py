@@ -15,6 +15,12 @@ WEIGHTS = {
     "kmeans": partial(KMeansQuantizer, bits=3),
     "nvfp4": NVFP4Quantizer,
 }
+INPUT8 = partial(MinMaxQuantizer, bits=8, granularity="per_token", scale_dtype="float32")
+PRODUCTS = {
+    "minmax": partial(MinMaxQuantizer, bits=8, scale_dtype="float32"),
+    "lsq": partial(LSQQuantizer, bits=8),
+    "lsq, per tensor": partial(LSQQuantizer, bits=8, granularity="per_tensor"),
+}
 
 
 @pytest.fixture
@@ -57,6 +63,26 @@ def test_training_ends_with_the_same_bits(name, checkpointing, counted):
     passes = 2 * 2 * (2 if checkpointing else 1)
     assert before == passes * layers
     assert len(counted) - before == 2 * layers  # once a step
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_codes_take_those_of_the_step(name):
+    """Training ends with the same bits, and between two steps all passes multiply the same memory."""
+
+    def model_of_products():
+        torch.manual_seed(0)
+        return qat.prepare(tiny_llama(), qat.Scheme(weight=PRODUCTS[name], input=INPUT8, compute="int8")).train()
+
+    expected, model = trained(model_of_products()), model_of_products()
+    codes = ModelStepCodes(model)
+    found = trained(model, codes)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    layer = model.model.layers[0].mlp.up_proj
+    first, again = (layer.weight_quantizer.codes(layer.weight, stored=True)[0] for _ in range(2))
+    assert first.shape == layer.weight.shape
+    assert first.data_ptr() == again.data_ptr()
+    codes.renew()
+    assert layer.weight_quantizer.codes(layer.weight, stored=True)[0].data_ptr() != first.data_ptr()
 
 
 def test_evaluation_looks_at_nothing_that_is_kept():

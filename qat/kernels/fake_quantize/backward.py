@@ -23,6 +23,7 @@ from qat.kernels.fake_quantize.grid import (
     encode,
     grid_constants,
     inverse_of,
+    kept_nan,
     quotient,
     table_for,
 )
@@ -102,17 +103,19 @@ def _fake_quantize_backward(
             own_scale = s
             v = quotient(own, s, inverse)
         if HAS_ZERO_POINT:
-            v += z
+            own_zero = tl.load(zero_point + at // GROUP, mask=inside, other=0.0).to(tl.float32) if GROUP > 0 else z
+            v += own_zero
         code = encode(v, table, GRID)
         if NEED_VALUES or NEED_SCALE:
             value = decode(code, table, GRID)
             if HAS_ZERO_POINT:
-                value -= z
+                value -= own_zero
             value *= own_scale
         if NEED_VALUES:
-            tl.store(x_hat + at, value.to(x_hat.dtype.element_ty), mask=inside)
+            tl.store(x_hat + at, kept_nan(value, own).to(x_hat.dtype.element_ty), mask=inside)
         if NEED_CODEBOOK:
-            codebook_sum = _members(code, g * own_scale, codebook_sum, entry, GRID[ENTRIES])
+            share = tl.where(own == own, g * own_scale, 0.0)
+            codebook_sum = _members(code, share, codebook_sum, entry, GRID[ENTRIES])
         clipped = g
         if CLIPS:
             clipped = tl.where((v >= low) & (v <= high), g, 0.0)

@@ -18,6 +18,7 @@ from qat.kernels.fake_quantize.grid import (
     KIND,
     grid_constants,
     inverse_of,
+    kept_nan,
     nearest,
     quotient,
     table_for,
@@ -91,7 +92,7 @@ def _on_grid(x, s, inverse, z, table, GRID: tl.constexpr, RULE: tl.constexpr):
     value = nearest(v, table, GRID)
     if RULE == "minmax":
         value -= z
-    return value * s
+    return kept_nan(value * s, x)
 
 
 @triton.jit

@@ -158,6 +158,12 @@ def decode(code, table, GRID: tl.constexpr):
 
 
 @triton.jit
+def kept_nan(value, x):
+    """`value`, which a grid made of `x`; NaN where that is, for which no grid has a value."""
+    return tl.where(x == x, value, x)
+
+
+@triton.jit
 def _moved(value, BY: tl.constexpr):
     """value + BY; compilers keep the addition of zero, since it makes 0 of -0, which rounded numbers never are."""
     return value if BY == 0 else value + BY

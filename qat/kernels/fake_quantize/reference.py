@@ -8,6 +8,8 @@ result x_hat and the incoming gradient g:
     dz = sum over the group of (dx - g) * s
     dcodebook[k] = sum over the members of entry k of g * s
 
+Where x is NaN, x_hat is too; that is outside of every grid that has an outside, and a member of no entry.
+
 Everything runs in place, in blocks that fit a core's cache and in scratch memory, which makes these many small passes
 cost about one long one.
 """
@@ -38,24 +40,28 @@ def quantize(x: Tensor, params: ViewParams, format: Format, stochastic: bool = F
     """Codes of `x`; stochastic ones are drawn from torch's generator so that their expectation is x."""
     codes = torch.empty(codes_shape(x.shape, format), dtype=format.code_dtype, device=x.device)
     for (own,), (x_block, out) in _blocks([params], x, codes):
-        v = scale_down(x_block, own, out=_temporary("v", x_block))
-        noise = _temporary("noise", v).uniform_() if stochastic else None
-        out.copy_(format.encode_(v, own.codebook, noise))
+        _encode_to(out, x_block, own, format, stochastic)
     return codes
 
 
 def dequantize(codes: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
     """Write the values of `codes`, computed in float32, into `out`."""
     for (own,), (block, values) in _blocks([params], codes, out):
-        if values.dtype == torch.float32:
-            _decode(block, values, own, format)
-        else:
-            values.copy_(_decode(block, _temporary("values", values), own, format))
+        _decode_to(values, block, own, format)
+
+
+def restore(x: Tensor, codes: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
+    """As `dequantize`, for the codes of `x`, which have none for NaN: it is put back where x is."""
+    for (own,), (x_block, block, values) in _blocks([params], x, codes, out):
+        _restore_to(values, x_block, block, own, format)
 
 
 def fake_quantize(x: Tensor, out: Tensor, params: ViewParams, format: Format) -> None:
     """Write what `x` is on its grid into `out`, of any floating dtype."""
-    dequantize(quantize(x, params, format), out, params, format)
+    for (own,), (x_block, values) in _blocks([params], x, out):
+        codes = scratch("codes", codes_shape(x_block.shape, format), format.code_dtype, x.device)
+        _encode_to(codes, x_block, own, format)
+        _restore_to(values, x_block, codes, own, format)
 
 
 def fake_quantize_backward(
@@ -83,18 +89,20 @@ def fake_quantize_backward(
     restored = grad if x_hat is None else x_hat
     for (own, total), (g_own, x_own, code_block, x_hat_own) in _blocks([params, found], grad, x, codes, restored):
         g, x_block = g_own.to(torch.float32), x_own.to(torch.float32)
+        lost = _lost(x_block)
         if need_codebook:
-            _add_codebook_gradient(total.codebook, g, format.entry(code_block), own)
+            _add_codebook_gradient(total.codebook, g, format.entry(code_block), lost, own)
         if need_zero_point:
             total.zero_point.sub_(g.sum(1, keepdim=True))
         if need_scale or x_hat is not None:
             values = _decode(code_block, _temporary("values", g), own, format)
+            _fill(values, lost, math.nan)
         if x_hat is not None:
             x_hat_own.copy_(values)
         if need_scale:
             values.mul_(g)
         if need_x or need_scale or need_zero_point:
-            _clip_backward_(g, x_block, own, format)
+            _clip_backward_(g, x_block, lost, own, format)
         if need_scale:
             total.scale.add_(values.addcmul_(g, x_block, value=-1).sum(1, keepdim=True))
         if need_zero_point:
@@ -112,11 +120,45 @@ def _decode(codes: Tensor, out: Tensor, own: ViewParams, format: Format) -> Tens
     return unscale(format.decode(codes, own.codebook, out=out), own, out=out)
 
 
-def _clip_backward_(g: Tensor, x: Tensor, own: ViewParams, format: Format) -> None:
-    """Set g to 0 where v is beyond the ends of the grid."""
+def _encode_to(out: Tensor, x: Tensor, own: ViewParams, format: Format, stochastic: bool = False) -> None:
+    v = scale_down(x, own, out=_temporary("v", x))
+    noise = _temporary("noise", v).uniform_() if stochastic else None
+    out.copy_(format.encode_(v, own.codebook, noise))
+
+
+def _restore_to(out: Tensor, x: Tensor, codes: Tensor, own: ViewParams, format: Format) -> None:
+    _decode_to(out, codes, own, format)
+    _fill(out, _lost(x), math.nan)
+
+
+def _decode_to(out: Tensor, codes: Tensor, own: ViewParams, format: Format) -> None:
+    """As `_decode`, into any floating dtype."""
+    if out.dtype == torch.float32:
+        _decode(codes, out, own, format)
+    else:
+        out.copy_(_decode(codes, _temporary("values", out), own, format))
+
+
+def _lost(x: Tensor) -> Tensor | None:
+    """Where `x` is NaN; None for nowhere.
+
+    A CPU looks at the sum first, which is NaN if anything is: its fastest pass, where finding and filling take as long
+    as all the rest. A GPU would have to be waited for.
+    """
+    return x.isnan() if x.is_cuda or bool(x.sum().isnan()) else None
+
+
+def _fill(values: Tensor, lost: Tensor | None, by: float) -> None:
+    if lost is not None:
+        values.masked_fill_(lost, by)
+
+
+def _clip_backward_(g: Tensor, x: Tensor, lost: Tensor | None, own: ViewParams, format: Format) -> None:
+    """Set g to 0 where v is beyond the ends of the grid, or NaN."""
     if format.saturates:
         v = scale_down(x, own, out=_temporary("v", g))
         torch.ops.aten.hardtanh_backward.grad_input(g, v, *_open_interval(format), grad_input=g)
+        _fill(g, lost, 0.0)
 
 
 @lru_cache
@@ -127,10 +169,12 @@ def _open_interval(format: Format) -> tuple[float, float]:
     return below, above
 
 
-def _add_codebook_gradient(total: Tensor, g: Tensor, entry: Tensor, own: ViewParams) -> None:
+def _add_codebook_gradient(total: Tensor, g: Tensor, entry: Tensor, lost: Tensor | None, own: ViewParams) -> None:
     """Add g * s of every element to its entry of the codebook."""
-    shares = torch.mul(g, own.scale, out=_temporary("v", g)).view(len(total), -1)
-    total.scatter_add_(1, entry.view(shares.shape), shares)
+    shares = torch.mul(g, own.scale, out=_temporary("v", g))
+    _fill(shares, lost, 0.0)
+    rows = len(total), -1
+    total.scatter_add_(1, entry.view(rows), shares.view(rows))
 
 
 def _blocks(params: list[Any], *tensors: Tensor) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:

@@ -20,6 +20,7 @@ from qat.kernels.fake_quantize.grid import (
     encode,
     grid_constants,
     inverse_of,
+    kept_nan,
     nearest,
     quotient,
     read,
@@ -61,7 +62,8 @@ def _fake_quantize(
         z = of_rows(zero_point, row, groups, 0.0)
     found = tl.load(source + at, mask=inside, other=0)
     if ENCODE:
-        v = quotient(found.to(tl.float32), s, inverse_of(s))
+        own = found.to(tl.float32)
+        v = quotient(own, s, inverse_of(s))
         if HAS_ZERO_POINT:
             v += z
         found = nearest(v, table, GRID) if DECODE else encode(v, table, GRID)
@@ -72,6 +74,8 @@ def _fake_quantize(
         if HAS_ZERO_POINT:
             value -= z
         found = value * s
+        if ENCODE:
+            found = kept_nan(found, own)
     tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
 
 
