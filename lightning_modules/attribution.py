@@ -37,7 +37,7 @@ _REST = (
 _KERNELS = (
     (re.compile(r"^triton_(?!tem_)\w*?fused"), FUSED),
     (re.compile(r"^_(fake_quantize|row_codes|gradient_(extremes|scales|codes)|transposed_codes)"), FAKE_QUANTIZATION),
-    (re.compile(r"^_(loss_and_gradient|times)\b"), LOSS),
+    (re.compile(r"^_(loss(es)?_and_gradient|times)\b"), LOSS),
     (re.compile(r"flash|fmha|attention|attn", re.IGNORECASE), ATTENTION),
     (re.compile(r"^triton_tem_|gemm|gemv|cutlass|xmma|nvjet|cublas", re.IGNORECASE), MATRIX_PRODUCTS),
 )

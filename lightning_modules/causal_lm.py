@@ -78,6 +78,7 @@ class CausalLMModule(pl.LightningModule):
         self.compile_backend = compile
         self.cuda_graphs = cuda_graphs
         self.compiled: CompiledBlocks | None = None
+        self.compiled_teacher: CompiledBlocks | None = None
         self.codes: ModelStepCodes | None = None
         self.loss = loss
         self.distillation = distill if isinstance(distill, Distillation) else None
@@ -106,6 +107,9 @@ class CausalLMModule(pl.LightningModule):
             check_cuda_graphs(self.trainer, self.device.type, self.gradient_checkpointing)
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
+            if self.distillation is not None and self.distillation.teacher is not None:
+                # Not as CUDA graphs: what it says outlives its forward pass.
+                self.compiled_teacher = CompiledBlocks(self.distillation.teacher, self.compile_backend)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
 
@@ -121,9 +125,10 @@ class CausalLMModule(pl.LightningModule):
         if self.codes is not None:
             self.codes.stop()
             self.codes = None
-        if self.compiled is not None:
-            self.compiled.undo()
-            self.compiled = None
+        for compiled in (self.compiled_teacher, self.compiled):  # the last one first, as it found the process
+            if compiled is not None:
+                compiled.undo()
+        self.compiled_teacher = self.compiled = None
 
     def on_train_end(self) -> None:
         self.watch.look()
@@ -235,18 +240,16 @@ class CausalLMModule(pl.LightningModule):
     def _distilled(
         self, batch: dict[str, Tensor], distillation: Distillation, words: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Tensor:
-        lesson = distillation.lesson(batch, words)  # of the teacher, whose blocks are not compiled
-        with self._forward_pass():
+        with _compiled(self.compiled_teacher):
+            lesson = distillation.lesson(batch, words)
+        with _compiled(self.compiled):
             loss, measured = distillation.loss(batch, lesson, self._cross_entropy)
         self.log_dict({f"train/{name}": value for name, value in measured.items()})
         return loss
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        with self._forward_pass():
+        with _compiled(self.compiled):
             return self._cross_entropy(batch)
-
-    def _forward_pass(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.compiled is None else self.compiled.step()
 
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
         if self.head_loss is not None and self.head_loss.pays(batch):
@@ -271,6 +274,11 @@ class CausalLMModule(pl.LightningModule):
         largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
         worst = max(largest, key=lambda name: largest[name])
         return f"{what} First at fault: {worst}. {_MEND}"
+
+
+def _compiled(blocks: CompiledBlocks | None) -> AbstractContextManager[None]:
+    """A forward pass of a model, whose blocks are compiled or not."""
+    return nullcontext() if blocks is None else blocks.step()
 
 
 class _EndsFit(pl.Callback):

@@ -208,6 +208,19 @@ def test_training_goes_the_same_way(tmp_path, own, other, inside):
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_the_teacher_is_compiled_while_its_student_trains(tmp_path):
+    module = module_of({}, compile="aot_eager")
+    blocks = module.distillation.teacher.model.layers
+    seen = []
+    module.distillation.teacher.model.register_forward_pre_hook(
+        lambda *_: seen.append([block._compiled_call_impl is not None for block in blocks])
+    )
+    fit(tmp_path, module)
+    assert all(seen[-1])
+    assert module.compiled_teacher is None
+    assert not any(block._compiled_call_impl for block in blocks)
+
+
 def test_accumulated_batches_have_the_gradient_of_one(tmp_path):
     model, distillation = taught(tiny_llama(), divergence="cakld", gamma=0.3, **INSIDE)
     distillation.start(model)
