@@ -194,10 +194,10 @@ class Breaks(pl.Callback):
 
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["ends", "breaks"])
-def test_after_a_fit_the_process_is_as_before(tmp_path, monkeypatch, breaks):
+@torch._dynamo.config.patch(recompile_limit=8)  # other tests leave theirs
+def test_after_a_fit_the_process_is_as_before(tmp_path, breaks):
     """Also after one that an exception ends: limits of the compiler, graphs, and what else is for a fit only."""
     config = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", 8)  # other tests leave theirs
     limits, seen = (config.recompile_limit, config.accumulated_recompile_limit), []
     module = CausalLMModule(tiny_llama(num_hidden_layers=3), partial(torch.optim.AdamW, lr=1e-3), compile="aot_eager")
     look = pl.callbacks.LambdaCallback(on_train_batch_start=lambda *_: seen.append(config.recompile_limit))
