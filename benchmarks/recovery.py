@@ -4,7 +4,8 @@
     python -m benchmarks.recovery --texts TEXTS --schemes int4-g64 --seeds 0 --options optimizer.lr=5e-5
 
 TEXTS is a folder with *.train.txt, *.val.txt and wiki106.val.txt, which nothing is trained on. Every GPU of the machine
-takes one arm at a time; arms that are done lie in --work. All of them are runs of `python train.py`. For each seed:
+takes one arm at a time; arms that are done lie in --work, and run again when what makes them changes. All of them are
+runs of `python train.py`. For each seed:
 
 1. `start` trains in full precision for --steps steps. All that follows starts from it.
 2. `fp` trains on, in parts of --steps steps, as many as the longest recipe. Full precision is, beside each recipe, the
@@ -20,6 +21,7 @@ takes one arm at a time; arms that are done lie in --work. All of them are runs 
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -38,6 +40,7 @@ from omegaconf import DictConfig
 from benchmarks.gpus import spread
 from benchmarks.record import ROOT, record
 from benchmarks.texts import SEPARATOR
+from lightning_modules.comparison.outcome import recovered_share
 from lightning_modules.comparison.peers import PEERS
 from lightning_modules.comparison.run import composed
 from lightning_modules.evaluation import Text, evaluate
@@ -178,10 +181,17 @@ def main() -> None:
     plan = Plan(own.texts.resolve(), own.work.resolve(), *parts)
     split_texts(plan)
     spread(partial(run, plan), plan.first(), plan.after, lambda arm: arm.key, own.per_gpu)
-    command = f"python -m benchmarks.recovery --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
-    command += f" --seeds {' '.join(map(str, plan.seeds))}"
-    command += "".join(f" --{name} {' '.join(own)}" for name in ("options", "given") if (own := getattr(plan, name)))
-    record("recovery", command, rows_of(plan), ("torchao", "triton"))
+    record("recovery", command_of(plan, "recovery"), rows_of(plan), ("torchao", "triton"))
+
+
+def command_of(plan: Plan, benchmark: str) -> str:
+    """How `benchmark` is run as it was."""
+    command = f"python -m benchmarks.{benchmark} --texts TEXTS --steps {plan.steps}"
+    for name in ("model", "schemes", "seeds", "options", "given"):
+        own = getattr(plan, name)
+        if own and (name != "seeds" or benchmark == "recovery"):
+            command += f" --{name} {' '.join(map(str, own))}"
+    return command
 
 
 def split_texts(plan: Plan) -> None:
@@ -199,10 +209,11 @@ def split_texts(plan: Plan) -> None:
 
 def run(plan: Plan, arm: Arm) -> Row:
     """Run `arm`, unless that was done, and keep its row."""
-    found = plan.row(arm)
+    found, made = plan.row(arm), made_from(plan, arm)
     plain = plan.work / arm.key / _PLAIN
-    if found is not None and (arm.scheme is not None or plain.is_dir()):
+    if found is not None and found["made"] == made and (arm.scheme is not None or plain.is_dir()):
         return found
+    shutil.rmtree(plan.work / arm.key, ignore_errors=True)  # of other options
     row: Row
     started = time.perf_counter()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), composed(options_of(plan, arm)) as cfg:
@@ -216,9 +227,27 @@ def run(plan: Plan, arm: Arm) -> Row:
             if arm.name not in ROUNDED:
                 raise
             row = {"refused": str(error)}
+    row["made"] = made
     with replaced_file(plan.work / f"{arm.key}.json") as temporary:
         temporary.write_text(json.dumps(row))
     return row
+
+
+def made_from(plan: Plan, arm: Arm) -> str:
+    """A hash of everything that decides what `arm` is: its options, its recipe, and what it starts from."""
+    before = _before(plan, arm)
+    recipe = ROOT / "configs" / "experiment" / f"{SCHEMES[arm.scheme][0]}.yaml" if arm.scheme else None
+    parts = options_of(plan, arm), recipe and recipe.read_text(), before and plan.known(before)["made"]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _before(plan: Plan, arm: Arm) -> Arm | None:
+    """The arm whose model `arm` loads."""
+    if arm.name in ROUNDED:
+        return plan.best(arm.seed, SCHEMES[str(arm.scheme)][1])
+    if arm.name == "fp" and arm.part > 1:
+        return Arm("fp", None, arm.seed, arm.part - 1)
+    return None if arm.name == "start" else Arm("start", None, arm.seed)
 
 
 def options_of(plan: Plan, arm: Arm) -> list[str]:
@@ -239,20 +268,21 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
     full = [*common, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=1e-4"]
     if arm.name == "start":
         return [*full, *plan.model, *arm.options]
+    before = _before(plan, arm)
+    assert before is not None
     if arm.name == "fp":
-        before = Arm("fp", None, arm.seed, arm.part - 1) if arm.part > 1 else Arm("start", None, arm.seed)
         return [*full, *_loading(plan, before), "optimizer.lr=5e-5", *arm.options]
     recipe, parts = SCHEMES[str(arm.scheme)]
     if arm.name in ROUNDED:
         # Training windows alone: nothing is chosen by what is evaluated on.
         method = ["method=ptq", "distill=none", f"transforms={_TRANSFORMS.get(arm.name, arm.name)}"]
         calibration = ["calibration_batches=8", f"experiment={recipe}"]
-        return [*common, *_loading(plan, plan.best(arm.seed, parts)), *method, *calibration]
-    trained = [*common, *_loading(plan, Arm("start", None, arm.seed)), f"trainer.max_steps={parts * plan.steps}"]
+        return [*common, *_loading(plan, before), *method, *calibration]
+    trained = [*common, *_loading(plan, before), f"trainer.max_steps={parts * plan.steps}"]
     if arm.name in PEERS:
-        return [*trained, "method=fp", "optimizer.lr=2e-5"]
-    own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else (*plan.options, *arm.options)
-    return [*trained, f"experiment={recipe}", *own]
+        return [*trained, "method=fp", "optimizer.lr=2e-5", *arm.options]
+    own = _PEERS[str(arm.scheme)][arm.name] if arm.name != "ours" else plan.options
+    return [*trained, f"experiment={recipe}", *own, *arm.options]
 
 
 def _loading(plan: Plan, arm: Arm) -> list[str]:
@@ -321,7 +351,8 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
 
 def _recovered(rounded: Sequence[float], own: Sequence[float], full: Sequence[float]) -> list[float]:
     """Of every seed in which rounding loses something."""
-    return [(r - q) / (r - f) for r, q, f in zip(rounded, own, full, strict=True) if r > f]
+    shares = (recovered_share(*of_seed) for of_seed in zip(rounded, own, full, strict=True))
+    return [share for share in shares if share is not None]
 
 
 if __name__ == "__main__":

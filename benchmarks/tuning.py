@@ -1,10 +1,11 @@
-"""The options that the recipes of configs/experiment/ were chosen among, one seed, by the evaluation texts of the mix.
+"""Options that a recipe of configs/experiment/ may have, one seed, compared by the evaluation texts of the mix.
 
     python -m benchmarks.tuning --texts TEXTS                       all TRIES; writes results/tuning.json; resumes
     python -m benchmarks.tuning --texts TEXTS --schemes int4-g64    those of one scheme
 
 Runs are those of benchmarks/recovery.py with --steps steps a part: `start` in full precision, from which every try
-trains on, beside `fp`. wiki106.val is not read: what is chosen here is judged on it there.
+trains on, beside `fp`. Peers choose among rates as we do. wiki106.val is not read: what is chosen here is judged on it
+there.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.gpus import spread
 from benchmarks.record import record
-from benchmarks.recovery import MIX, SCHEMES, Arm, Plan, Row, run, split_texts
+from benchmarks.recovery import MIX, SCHEMES, Arm, Plan, Row, command_of, run, split_texts
 
 SEED = 0
 # Stands for the folder of the full-precision model that trained as long as the longest recipe.
@@ -27,12 +28,17 @@ def _rates(*rates: str, weight: str | None = None) -> list[tuple[str, ...]]:
     return [(f"optimizer.lr={rate}", *more) for rate in rates]
 
 
-# By scheme; and `start` and `fp`, so that full precision is not beaten because it was trained badly.
+# What peers are compared in.
+_SCHEME_OF_PEER = {"torchao": "int4-g64", "llm-qat": "w4a8"}
+# By scheme; and full precision and peers, so that none is beaten because it was trained badly.
 TRIES: dict[str, list[tuple[str, ...]]] = {
     "start": _rates("1e-4", "2e-4", "3e-4", "5e-4"),
     "fp": _rates("5e-5", "1e-4", "2e-4", "3e-4"),
+    "torchao": _rates("2e-5", "5e-5", "1e-4", "2e-4", "3e-4"),
+    "llm-qat": _rates("5e-5", "1e-4", "2e-4"),
     "int4-g64": [
-        *_rates("5e-5", "1e-4", "2e-4", "3e-4", "5e-4"),
+        *_rates("2e-5", "5e-5", "1e-4", "2e-4", "3e-4", "5e-4"),
+        ("optimizer.lr=2e-4", "distill=none"),
         *_rates("2e-4", weight="0.2"),
         *_rates("2e-4", weight="0.8"),
         ("optimizer.lr=2e-4", _TEACHER),
@@ -78,9 +84,7 @@ def main() -> None:
     try:
         spread(partial(run, plan), first(plan), partial(after, plan), lambda arm: arm.key, own.per_gpu)
     finally:
-        command = f"python -m benchmarks.tuning --texts TEXTS --steps {plan.steps} --schemes {' '.join(plan.schemes)}"
-        command += f" --given {' '.join(plan.given)}" if plan.given else ""
-        record("tuning", command, list(rows_of(plan)), ("triton",))
+        record("tuning", command_of(plan, "tuning"), list(rows_of(plan)), ("torchao", "triton"))
 
 
 def tries(plan: Plan) -> list[Arm]:
@@ -97,12 +101,15 @@ def tries(plan: Plan) -> list[Arm]:
 def _arm(scheme: str, options: tuple[str, ...]) -> Arm:
     if scheme in SCHEMES:
         return Arm("ours", scheme, SEED, options=options)
+    if scheme in _SCHEME_OF_PEER:
+        return Arm(scheme, _SCHEME_OF_PEER[scheme], SEED, options=options)
     return Arm(scheme, None, SEED, part=int(scheme == "fp"), options=options)
 
 
 def _parts(plan: Plan) -> int:
     """Of the longest recipe."""
-    return max((SCHEMES[scheme][1] for scheme in plan.schemes if scheme in SCHEMES), default=0)
+    schemes = [_SCHEME_OF_PEER.get(scheme, scheme) for scheme in plan.schemes]
+    return max((SCHEMES[scheme][1] for scheme in schemes if scheme in SCHEMES), default=0)
 
 
 def first(plan: Plan) -> list[Arm]:
@@ -132,7 +139,8 @@ def rows_of(plan: Plan) -> Iterator[Row]:
         if (found := plan.row(arm)) is None:
             continue
         options = [option.replace(str(plan.work), "WORK") for option in arm.options]
-        row: Row = {"scheme": arm.scheme or arm.name, "options": options, "text": MIX}
+        scheme = str(arm.scheme if arm.name == "ours" else arm.name)
+        row: Row = {"scheme": scheme, "options": options, "text": MIX}
         full = [plan.row(own) for own in plan.full_precision(SEED, SCHEMES[arm.scheme][1] if arm.scheme else arm.part)]
         ppl, best = found[MIX]["perplexity"], min(own[MIX]["perplexity"] for own in full if own)
         rows.append(row | {"ppl_fp": best, "ppl": ppl, "ratio": ppl / best, "seconds": found["seconds"]})

@@ -1,6 +1,7 @@
 """What tells models and texts apart: hashes of their bits, for files that must not be reused for others."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from torch.utils.data import Dataset
 
 _WEIGHTS = (".safetensors", ".bin")
 _LENGTH = 16  # hexadecimal digits, 64 bits
+# Of a config: where it came from, and what does not change what the model computes.
+_VOLATILE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 
 def of_model(model: nn.Module) -> str:
-    """A hash of the names, dtypes, shapes and bits of all tensors that `model` would save, on any device."""
-    digest = hashlib.sha256()
+    """A hash of the tensors that `model` would save, name, dtype, shape and bits, and of its config; on any device."""
+    config = model.config.to_diff_dict() if hasattr(model, "config") else {}
+    kept = {name: value for name, value in config.items() if name not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().reshape(-1).contiguous().view(byte).cpu().numpy())

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lightning_modules.cli import command
 from lightning_modules.models import LoadedModel
+from lightning_modules.plain_generation import plain_generation
 from lightning_modules.side_by_side import SideBySide, check_positions, listed
 from qat.errors import InputError
 
@@ -58,15 +59,15 @@ def continuation(loaded: LoadedModel, prompt: str, cfg: Any) -> str:
         raise InputError("The prompt has no tokens: give a text to go on with.")
     check_positions(loaded, ids.shape[1] + cfg.max_new_tokens, "set a smaller max_new_tokens, or a shorter prompt.")
     drawn = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.temperature else {}
-    written = model.generate(  # type: ignore[operator]
-        ids.to(device),
-        attention_mask=torch.ones_like(ids, device=device),
-        max_new_tokens=cfg.max_new_tokens,
-        do_sample=bool(cfg.temperature),
-        repetition_penalty=1.0,  # whatever the model's own settings say: it hides what quantization did
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **drawn,
-    )
+    with plain_generation(model):
+        written = model.generate(  # type: ignore[operator]
+            ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            max_new_tokens=cfg.max_new_tokens,
+            do_sample=bool(cfg.temperature),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **drawn,
+        )
     text: str = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     return text
 

@@ -226,7 +226,7 @@ class Job:
             self._call_teacher(distillation)
             precision = self.trainer.precision_plugin.forward_context
             fill(cache, distillation, self.data, wanted, self.console, precision)
-            self.trainer.strategy.barrier()
+        self.trainer.strategy.barrier()  # also for a process that looked when others were done
         self._say(f"teacher: its words for {len(wanted)} windows are in {cache.folder}")
         if distillation.needs_gamma:
             first = self.data.order()[: calibration * self.data.batch_size]

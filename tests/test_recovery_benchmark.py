@@ -53,8 +53,18 @@ def test_every_arm_runs_once_and_makes_a_row(plan, monkeypatch):
     assert rows[0]["peer_name"] == "torchao"
     assert tables.recovery(rows).count("\n") == 3
 
-    monkeypatch.setattr(recovery, "Job", None)
-    assert run_serially(plan, plan.first(), plan.after) == done  # nothing is run again
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "Job", None)
+        assert run_serially(plan, plan.first(), plan.after) == done  # nothing is run again
+    (start,), ours = plan.first(), Arm("ours", "int4-g64", 0)
+    shorter = plan._replace(steps=2)
+    assert recovery.made_from(plan, ours) == plan.known(ours)["made"]
+    before = plan.known(start)
+    assert recovery.run(shorter, start) != before  # but what other options made is
+    assert recovery.made_from(plan, ours) != plan.known(ours)["made"]  # and what began with it
+    assert recovery.command_of(shorter, "recovery").endswith(
+        "--schemes int4-g64 --seeds 0 --given " + " ".join(plan.given)
+    )
 
 
 def test_full_precision_is_the_best_by_the_mix_and_recovery_is_of_what_rounding_loses(plan):

@@ -17,7 +17,7 @@ def test_every_try_runs_and_the_best_comes_first(plan, monkeypatch):  # noqa: F8
     done = run_serially(plan, tuning.first(plan), lambda arm: tuning.after(plan, arm))
     assert [arm.name for arm in done] == ["start", "start", "fp", "ours", "ours"]
     assert done[-1].options == ("optimizer.lr=1e-4", f"distill.teacher='{plan.work}/fp-1-seed0/pretrained'")
-    assert set(plan.known(done[-1])) == {"seconds", recovery.MIX}  # nothing is known of what it is judged by
+    assert set(plan.known(done[-1])) == {"made", "seconds", recovery.MIX}  # nothing is known of what it is judged by
 
     rows = list(tuning.rows_of(plan))
     assert [row["scheme"] for row in rows] == ["start", "int4-g64", "int4-g64"]

@@ -26,10 +26,19 @@ class NestedBits(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._nested = [module for module in pl_module.modules() if isinstance(module, NestedQuantizer)]
-        for turn in self.turns or ():
-            missing = [q for q in self._nested if turn not in q.widths]
-            if missing:
-                raise InputError(f"callbacks.nested.turns has {turn}, which is none of {list(missing[0].widths)}.")
+        if self.turns is None:
+            return
+        if not self._nested:
+            raise InputError(
+                "callbacks.nested.turns is for nested quantizers, and the scheme has none: set it to null, or "
+                "quantizer@scheme.weight=nested."
+            )
+        for quantizer in self._nested:
+            if set(self.turns) != set(quantizer.widths):
+                raise InputError(
+                    f"callbacks.nested.turns is {list(self.turns)}, and the codes nest {list(quantizer.widths)}: name "
+                    "each of these, and no other; a width that never has a turn is never trained."
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         for quantizer in self._nested:

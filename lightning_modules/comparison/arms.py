@@ -10,7 +10,7 @@ FULL = "fp"
 _OF_THE_COMPARISON = ("method", "compare", "seed", "hydra", "resumed", "ckpt_path", "paths.output_dir", "title")
 # Options that say how to quantize, which an arm in full precision does not.
 _OF_THE_SCHEME = (
-    *("scheme", "quantizer", "kv", "transforms", "distill"),
+    *("scheme", "quantizer", "kv", "transforms", "distill", "module.freeze"),
     *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh", "callbacks.nested"),
     *("callbacks.dampening", "callbacks.freezing", "callbacks.precision"),
 )

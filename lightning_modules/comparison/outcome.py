@@ -35,14 +35,14 @@ class Outcome(NamedTuple):
         """
         if self.best is None:
             return None
-        return _share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
+        return recovered_share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
 
     def recovered_by_seed(self, name: str) -> list[float]:
         """The same of every seed in which the best rounding loses something."""
         if self.best is None:
             return []
         triples = zip(self.rounded[self.best], self.trained[name], self.full, strict=True)
-        return [share for triple in triples if (share := _share(*triple)) is not None]
+        return [share for triple in triples if (share := recovered_share(*triple)) is not None]
 
     def wins(self, name: str) -> int:
         """In how many seeds the trained arm is better than every rounded one."""
@@ -50,7 +50,8 @@ class Outcome(NamedTuple):
         return sum(own < other for own, other in zip(self.trained[name], best, strict=True))
 
 
-def _share(rounded: float, own: float, full: float) -> float | None:
+def recovered_share(rounded: float, own: float, full: float) -> float | None:
+    """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp); None where rounding loses nothing."""
     return None if rounded <= full else (rounded - own) / (rounded - full)
 
 

@@ -32,7 +32,10 @@ def make_teacher(model: nn.Module, name: str | None, dtype: str | None, tokenize
         raise InputError(f"distill.dtype is '{dtype}'.{nearest(str(dtype), DTYPES)}")
     if name is None:
         if is_quantized(model):
-            raise InputError("The teacher is copied from a model in full precision, and this one is quantized already.")
+            raise InputError(
+                "The teacher is copied from a model in full precision, and this one is quantized already: name another "
+                "by distill.teacher=NAME."
+            )
         teacher = copy.deepcopy(model)
     else:
         teacher = _loaded(name, dtype or dtype_name(next(model.parameters()).dtype), tokenizer)

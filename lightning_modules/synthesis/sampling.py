@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.plain_generation import plain_generation
+
 _NONE = -1  # no token; None would mean the one that the model's own settings have
 _PRIME = 1_000_003  # parts the seeds of batches from those of other seeds
 
@@ -64,20 +66,19 @@ def written_after(
     torch.manual_seed(seed * _PRIME + batch)
     tokens = torch.randint(greedy[0], greedy[1] + 1, first.shape)
     first = first.to(next(model.parameters()).device)[:, None]
-    written = model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        max_new_tokens=length - 1,
-        do_sample=True,
-        logits_processor=LogitsProcessorList([GreedyStart(tokens.to(first.device))]),
-        temperature=float(temperature),
-        # Whatever the model's own settings say: the text shall have the distribution that is distilled.
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        eos_token_id=_NONE if end is None else end,
-        pad_token_id=0 if end is None else end,
-    ).cpu()
+    # The text shall have the distribution that is distilled.
+    with plain_generation(model):
+        written = model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            max_new_tokens=length - 1,
+            do_sample=True,
+            logits_processor=LogitsProcessorList([GreedyStart(tokens.to(first.device))]),
+            temperature=float(temperature),
+            top_k=0,
+            eos_token_id=_NONE if end is None else end,
+            pad_token_id=0 if end is None else end,
+        ).cpu()
     return [_until(text, end) for text in written]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from lightning_modules.comparison.arms import full_precision, rounded_arms, trained_arms
+from lightning_modules.comparison.arms import _OF_THE_SCHEME, full_precision, rounded_arms, trained_arms
 from lightning_modules.comparison.outcome import Outcome, spread, verdict
 from lightning_modules.comparison.picture import draw
 from qat.errors import InputError
@@ -30,6 +30,20 @@ def test_every_arm_has_the_same_options_but_its_own():
     arms = rounded_arms(distilled, {"rtn": [], "gptq": ["transforms=gptq"]}, 1, loading)
     assert arms[0] == ("rtn", [*scheme, *common, *loading, "method=ptq"])
     assert arms[1] == ("gptq", [*scheme, *common, *loading, "transforms=gptq", "method=ptq"])
+
+
+GROUPS = [
+    *("scheme", "quantizer", "kv", "transforms", "distill", "module.freeze"),
+    *("callbacks.smooth_start", "callbacks.soft", "callbacks.refresh", "callbacks.nested"),
+    *("callbacks.dampening", "callbacks.freezing", "callbacks.precision"),
+]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_full_precision_has_nothing_of_how_to_quantize(group):
+    assert set(GROUPS) == set(_OF_THE_SCHEME)
+    given = [f"{group}=x", f"+{group}.bits=4", f"{group}@scheme.weight=y"]
+    assert full_precision([*GIVEN, *given], 1) == full_precision(GIVEN, 1)
 
 
 @pytest.mark.parametrize("arms", [{"fp": []}, {"a": "transforms=gptq"}, {"a": [1]}])

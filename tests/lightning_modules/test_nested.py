@@ -45,7 +45,7 @@ def test_widths_take_turns_and_between_steps_is_the_one_that_ships(tmp_path):
     seen = trained(tmp_path, None)
     assert seen.within == [{8}, {4}, {2}, {8}]
     assert seen.between == [{8}] * 4
-    assert trained(tmp_path, [2, 2, 8]).within == [{2}, {2}, {8}, {2}]
+    assert trained(tmp_path, [2, 2, 8, 4]).within == [{2}, {2}, {8}, {4}]
 
 
 def test_a_turn_lasts_for_an_optimizer_step(tmp_path):
@@ -53,9 +53,16 @@ def test_a_turn_lasts_for_an_optimizer_step(tmp_path):
     assert seen.within == [{8}, {8}, {4}, {4}]
 
 
-def test_a_turn_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"callbacks.nested.turns has 3, which is none of \[8, 4, 2\]"):
-        trained(tmp_path, [3])
+@pytest.mark.parametrize("turns", [[3], [8, 4], [8, 4, 2, 3]])
+def test_turns_of_other_widths_are_refused(tmp_path, turns):
+    with pytest.raises(InputError, match=r"turns is .* codes nest \[8, 4, 2\]: name each"):
+        trained(tmp_path, turns)
+
+
+def test_turns_without_nested_codes_are_refused(tmp_path):
+    module = CausalLMModule(tiny_llama(), partial(torch.optim.AdamW, lr=1e-3))
+    with pytest.raises(InputError, match=r"the scheme has none: set it to null, or quantizer@scheme.weight=nested"):
+        fit(tmp_path, module, NestedBits([8, 4]))
 
 
 @pytest.mark.usefixtures("forks")

@@ -60,7 +60,11 @@ def test_after_the_first_three_to_five_tokens_are_the_likeliest_and_the_rest_are
 
 
 def test_drawn_tokens_have_the_distribution_of_the_model(loaded):
-    """One step after a fixed token, temperature included: within four standard deviations, each of 96."""
+    """One step after a fixed token, temperature included: within four standard deviations, each of 96.
+
+    Whatever the model's own settings leave out.
+    """
+    loaded.model.generation_config.update(min_p=0.5, top_p=0.3, bad_words_ids=[[3]], repetition_penalty=3.0)
     first, temperature = torch.full((4000,), 7), 1.7
     texts = torch.stack(written_after(loaded.model, first, 2, (0, 0), temperature, None, seed=0, batch=0))
     logits = loaded.model(input_ids=torch.tensor([[7]])).logits[0, -1]
@@ -68,6 +72,7 @@ def test_drawn_tokens_have_the_distribution_of_the_model(loaded):
     found = torch.bincount(texts[:, 1], minlength=96) / len(first)
     assert ((found - p).abs() < 4 * (p * (1 - p) / len(first)).sqrt() + 1e-3).all()
     assert (p > 0.02).sum() > 3
+    assert loaded.model.generation_config.min_p == 0.5  # as it was
 
 
 def test_every_token_but_special_ones_is_the_first_equally_often():

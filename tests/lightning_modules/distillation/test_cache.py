@@ -305,6 +305,9 @@ def test_another_teacher_is_known_without_loading_it(tmp_path, data, model):
     assert fingerprint.of_named_model(str(tmp_path / "teacher")) != before
     assert fingerprint.of_named_model("no/such-model") == "no/such-model@None"
     assert fingerprint.of_model(model) == fingerprint.of_model(copied(model)) != fingerprint.of_model(other)
+    bent = copied(model)
+    bent.config.hidden_act = "gelu"
+    assert fingerprint.of_model(bent) != fingerprint.of_model(model)
 
 
 def test_what_does_not_go_with_a_cache_is_refused(tmp_path, data, model, monkeypatch):
