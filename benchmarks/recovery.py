@@ -26,7 +26,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,7 +40,7 @@ from omegaconf import DictConfig
 from benchmarks.gpus import spread
 from benchmarks.record import ROOT, record
 from benchmarks.texts import SEPARATOR
-from lightning_modules.comparison.outcome import recovered_share
+from lightning_modules.comparison.outcome import recovered_by_seed
 from lightning_modules.comparison.peers import PEERS
 from lightning_modules.comparison.run import composed
 from lightning_modules.evaluation import Text, evaluate
@@ -166,22 +166,34 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and *.val.txt")
-    parser.add_argument("--work", type=Path, default=Path("outputs/recovery"), help="where arms leave what they find")
-    parser.add_argument("--steps", type=int, default=700, help="of a part; 700 are an epoch of 5.75 million tokens")
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser = parser_of(str(__doc__), Path("outputs/recovery"), list(SCHEMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
     parser.add_argument("--options", nargs="+", default=[], help="options of train.py for the recipes")
-    parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
-    parser.add_argument("--per-gpu", type=int, default=1, help="arms at a time on every GPU")
     own = parser.parse_args()
-    parts = tuple(own.model), own.steps, tuple(own.schemes), tuple(own.seeds), tuple(own.options), tuple(own.given)
-    plan = Plan(own.texts.resolve(), own.work.resolve(), *parts)
-    split_texts(plan)
+    plan = plan_of(own, tuple(own.seeds), options=tuple(own.options))
     spread(partial(run, plan), plan.first(), plan.after, lambda arm: arm.key, own.per_gpu)
     record("recovery", command_of(plan, "recovery"), rows_of(plan), ("torchao", "triton"))
+
+
+def parser_of(doc: str, work: Path, schemes: list[str]) -> argparse.ArgumentParser:
+    """The arguments of every benchmark that is made of arms; `work` and `schemes` are what it takes without them."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and *.val.txt")
+    parser.add_argument("--work", type=Path, default=work, help="where arms leave what they find")
+    parser.add_argument("--steps", type=int, default=700, help="of a part; 700 are an epoch of 5.75 million tokens")
+    parser.add_argument("--schemes", nargs="+", choices=schemes, default=schemes)
+    parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
+    parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
+    parser.add_argument("--per-gpu", type=int, default=1, help="arms at a time on every GPU")
+    return parser
+
+
+def plan_of(own: argparse.Namespace, seeds: tuple[int, ...], **more: Any) -> Plan:
+    """What those arguments ask for, its texts ready; `more` are fields of the plan."""
+    model, schemes, given = tuple(own.model), tuple(own.schemes), tuple(own.given)
+    plan = Plan(own.texts.resolve(), own.work.resolve(), model, own.steps, schemes, seeds, given=given, **more)
+    split_texts(plan)
+    return plan
 
 
 def command_of(plan: Plan, benchmark: str) -> str:
@@ -213,7 +225,7 @@ def run(plan: Plan, arm: Arm) -> Row:
     plain = plan.work / arm.key / _PLAIN
     if found is not None and found["made"] == made and (arm.scheme is not None or plain.is_dir()):
         return found
-    shutil.rmtree(plan.work / arm.key, ignore_errors=True)  # of other options
+    _clear_of_others(plan.work / arm.key, made)
     row: Row
     started = time.perf_counter()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), composed(options_of(plan, arm)) as cfg:
@@ -231,6 +243,16 @@ def run(plan: Plan, arm: Arm) -> Row:
     with replaced_file(plan.work / f"{arm.key}.json") as temporary:
         temporary.write_text(json.dumps(row))
     return row
+
+
+def _clear_of_others(folder: Path, made: str) -> None:
+    """Leave in `folder` what was interrupted, unless something else made it."""
+    mark = folder / "made"
+    if not mark.is_file() or mark.read_text() != made:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with replaced_file(mark) as temporary:
+            temporary.write_text(made)
 
 
 def made_from(plan: Plan, arm: Arm) -> str:
@@ -333,7 +355,7 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
     }
     best = min(mixes, key=lambda name: mixes[name])
     ppl_fp, ppl_ptq, ppl_qat = [float(own["perplexity"]) for own in full], of(best), of("ours")
-    recovered = _recovered(ppl_ptq, ppl_qat, ppl_fp)
+    recovered = recovered_by_seed(ppl_ptq, ppl_qat, ppl_fp)
     row: Row = {"scheme": scheme, "model": "smollm2" if plan.model == ("model=smollm2",) else plan.model[-1]}
     row |= {"text": text, "seeds": list(plan.seeds), "recipe": recipe, "parts": parts}
     row |= {"ppl_fp": mean(ppl_fp), "ppl_ptq": mean(ppl_ptq), "ptq_name": best, "ppl_qat": mean(ppl_qat)}
@@ -344,15 +366,9 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
     accuracies = mean(of("ours", "accuracy")), mean(float(own["accuracy"]) for own in full)
     row |= {"accuracy": accuracies[0], "accuracy_fp": accuracies[1]}
     for peer in _PEERS.get(scheme, {}):
-        of_peer = _recovered(ppl_ptq, of(peer), ppl_fp)
+        of_peer = recovered_by_seed(ppl_ptq, of(peer), ppl_fp)
         row |= {"peer_name": peer, "ppl_peer": mean(of(peer)), "peer_recovered": mean(of_peer) if of_peer else None}
     return row
-
-
-def _recovered(rounded: Sequence[float], own: Sequence[float], full: Sequence[float]) -> list[float]:
-    """Of every seed in which rounding loses something."""
-    shares = (recovered_share(*of_seed) for of_seed in zip(rounded, own, full, strict=True))
-    return [share for share in shares if share is not None]
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ trains on, beside `fp`. Peers choose among rates as we do. wiki106.val is not re
 there.
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from benchmarks.gpus import spread
 from benchmarks.record import record
-from benchmarks.recovery import MIX, SCHEMES, Arm, Plan, Row, command_of, run, split_texts
+from benchmarks.recovery import MIX, SCHEMES, Arm, Plan, Row, command_of, parser_of, plan_of, run
 
 SEED = 0
 # Stands for the folder of the full-precision model that trained as long as the longest recipe.
@@ -32,8 +31,8 @@ def _rates(*rates: str, weight: str | None = None) -> list[tuple[str, ...]]:
 _SCHEME_OF_PEER = {"torchao": "int4-g64", "llm-qat": "w4a8"}
 # By scheme; and full precision and peers, so that none is beaten because it was trained badly.
 TRIES: dict[str, list[tuple[str, ...]]] = {
-    "start": _rates("1e-4", "2e-4", "3e-4", "5e-4"),
-    "fp": _rates("5e-5", "1e-4", "2e-4", "3e-4"),
+    "start": [(), *_rates("2e-4", "3e-4", "5e-4")],
+    "fp": [(), *_rates("1e-4", "2e-4", "3e-4")],
     "torchao": _rates("2e-5", "5e-5", "1e-4", "2e-4", "3e-4"),
     "llm-qat": _rates("5e-5", "1e-4", "2e-4"),
     "int4-g64": [
@@ -69,18 +68,8 @@ TRIES: dict[str, list[tuple[str, ...]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=Path, required=True, help="folder of *.train.txt and *.val.txt")
-    parser.add_argument("--work", type=Path, default=Path("outputs/tuning"), help="where runs leave what they find")
-    parser.add_argument("--steps", type=int, default=700, help="of a part; 700 are an epoch of 5.75 million tokens")
-    parser.add_argument("--schemes", nargs="+", choices=TRIES, default=list(TRIES))
-    parser.add_argument("--model", nargs="+", default=["model=smollm2"], help="options of train.py that choose it")
-    parser.add_argument("--given", nargs="+", default=[], help="options of train.py for every run")
-    parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on every GPU")
-    own = parser.parse_args()
-    parts = own.steps, tuple(own.schemes), (SEED,), (), tuple(own.given), (MIX,)
-    plan = Plan(own.texts.resolve(), own.work.resolve(), tuple(own.model), *parts)
-    split_texts(plan)
+    own = parser_of(str(__doc__), Path("outputs/tuning"), list(TRIES)).parse_args()
+    plan = plan_of(own, (SEED,), scored=(MIX,))
     try:
         spread(partial(run, plan), first(plan), partial(after, plan), lambda arm: arm.key, own.per_gpu)
     finally:
@@ -98,7 +87,7 @@ def tries(plan: Plan) -> list[Arm]:
     return sorted(found, key=lambda arm: -SCHEMES[arm.scheme][1] if arm.scheme else 0)
 
 
-def _arm(scheme: str, options: tuple[str, ...]) -> Arm:
+def _arm(scheme: str, options: tuple[str, ...] = ()) -> Arm:
     if scheme in SCHEMES:
         return Arm("ours", scheme, SEED, options=options)
     if scheme in _SCHEME_OF_PEER:
@@ -108,24 +97,24 @@ def _arm(scheme: str, options: tuple[str, ...]) -> Arm:
 
 def _parts(plan: Plan) -> int:
     """Of the longest recipe."""
-    schemes = [_SCHEME_OF_PEER.get(scheme, scheme) for scheme in plan.schemes]
-    return max((SCHEMES[scheme][1] for scheme in schemes if scheme in SCHEMES), default=0)
+    return max(SCHEMES[arm.scheme][1] if arm.scheme else arm.part for arm in map(_arm, plan.schemes))
 
 
 def first(plan: Plan) -> list[Arm]:
     """What waits for nothing."""
-    return [*plan.first(), *(arm for arm in tries(plan) if arm.name == "start")]
+    return list(dict.fromkeys([*plan.first(), *(arm for arm in tries(plan) if arm.name == "start")]))
 
 
 def after(plan: Plan, arm: Arm) -> list[Arm]:
     """What waits for `arm`: tries whose teacher is `fp` for that one, all others for `start`."""
     if arm.options:
         return []
-    longer = [Arm("fp", None, SEED, arm.part + 1)] if arm.part < _parts(plan) else []
-    of_fp = [own for own in tries(plan) if _taught(own)]
-    if arm.name == "fp":
-        return longer or of_fp
-    return longer + [own for own in tries(plan) if own.name != "start" and own not in of_fp]
+    found = [Arm("fp", None, SEED, arm.part + 1)] if arm.part < _parts(plan) else []
+    if arm.name == "start":
+        found += [own for own in tries(plan) if own.name != "start" and not _taught(own)]
+    elif arm.part == _parts(plan):
+        found += [own for own in tries(plan) if _taught(own)]
+    return list(dict.fromkeys(found))
 
 
 def _taught(arm: Arm) -> bool:
@@ -141,8 +130,10 @@ def rows_of(plan: Plan) -> Iterator[Row]:
         options = [option.replace(str(plan.work), "WORK") for option in arm.options]
         scheme = str(arm.scheme if arm.name == "ours" else arm.name)
         row: Row = {"scheme": scheme, "options": options, "text": MIX}
-        full = [plan.row(own) for own in plan.full_precision(SEED, SCHEMES[arm.scheme][1] if arm.scheme else arm.part)]
-        ppl, best = found[MIX]["perplexity"], min(own[MIX]["perplexity"] for own in full if own)
+        full = plan.full_precision(SEED, SCHEMES[arm.scheme][1] if arm.scheme else arm.part)
+        known = [row[MIX]["perplexity"] for row in map(plan.row, full) if row]
+        ppl = found[MIX]["perplexity"]
+        best = min(known, default=ppl)  # none is known where all of them failed
         rows.append(row | {"ppl_fp": best, "ppl": ppl, "ratio": ppl / best, "seconds": found["seconds"]})
     order = {scheme: index for index, scheme in enumerate(plan.schemes)}
     yield from sorted(rows, key=lambda row: (order[row["scheme"]], row["ppl"]))

@@ -35,14 +35,13 @@ class Outcome(NamedTuple):
         """
         if self.best is None:
             return None
-        return recovered_share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
+        return _share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
 
     def recovered_by_seed(self, name: str) -> list[float]:
         """The same of every seed in which the best rounding loses something."""
         if self.best is None:
             return []
-        triples = zip(self.rounded[self.best], self.trained[name], self.full, strict=True)
-        return [share for triple in triples if (share := recovered_share(*triple)) is not None]
+        return recovered_by_seed(self.rounded[self.best], self.trained[name], self.full)
 
     def wins(self, name: str) -> int:
         """In how many seeds the trained arm is better than every rounded one."""
@@ -50,8 +49,13 @@ class Outcome(NamedTuple):
         return sum(own < other for own, other in zip(self.trained[name], best, strict=True))
 
 
-def recovered_share(rounded: float, own: float, full: float) -> float | None:
-    """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp); None where rounding loses nothing."""
+def recovered_by_seed(rounded: list[float], own: list[float], full: list[float]) -> list[float]:
+    """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp) of every seed in which rounding loses something."""
+    triples = zip(rounded, own, full, strict=True)
+    return [share for triple in triples if (share := _share(*triple)) is not None]
+
+
+def _share(rounded: float, own: float, full: float) -> float | None:
     return None if rounded <= full else (rounded - own) / (rounded - full)
 
 

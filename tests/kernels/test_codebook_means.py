@@ -1,14 +1,11 @@
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from qat.kernels.codebook_means import reference
 from qat.kernels.ops import lloyd_step_
+from tests.kernels.interpreter import interpreted
 
 CASES = {
     "a codebook a row": (6, 200, 6, 8),
@@ -95,9 +92,7 @@ def compare_triton_with_the_reference(device):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_triton_in_the_interpreter_equals_the_reference():
-    code = "from tests.kernels.test_codebook_means import compare_triton_with_the_reference as run; run('cpu')"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, "compare_triton_with_the_reference('cpu')")
 
 
 @pytest.mark.gpu

@@ -1,17 +1,14 @@
 """The kernel of divergences against their reference, which is `LogitLoss` in plain PyTorch."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_modules.distillation.divergences import DIVERGENCES
 from qat.kernels.ops import reference_kernels
+from tests.kernels.interpreter import interpreted
 from tests.lightning_modules.distillation.test_divergences import OPTIONS, loss_of
 
 # Rows and vocabularies: odd ones, one row, and one in several tiles.
@@ -85,9 +82,7 @@ def compare_spoilt(device):
     ],
 )
 def test_triton_in_the_interpreter_equals_the_reference(call, width):
-    code = f"from tests.kernels.test_divergence import *\nwith tiles_of({width}): {call}"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, f"with tiles_of({width}): {call}")
 
 
 @pytest.mark.gpu

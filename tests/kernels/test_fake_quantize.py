@@ -1,11 +1,7 @@
 """The Triton kernels against the references: every grid, sizes of every kind, to the bit where nothing is summed."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from qat.kernels.fake_quantize import reference
 from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import parse_format
 from qat.numerics.qtensor import ViewParams
+from tests.kernels.interpreter import interpreted
 
 FORMATS = [
     *("int2", "int4", "int8", "uint4", "levels2", "levels3", "levels4", "levels8"),
@@ -156,9 +153,7 @@ CHECKS = {compare_codes_and_values: FORMATS, compare_gradients: LEARNED, compare
     "call", [*(f"{check.__name__}('cpu')" for check in CHECKS), "compare_dynamic_scales('cpu', most=16)"]
 )
 def test_triton_in_the_interpreter_equals_the_reference(call):
-    code = f"from tests.kernels.test_fake_quantize import *; {call}"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, call)
 
 
 @pytest.mark.gpu

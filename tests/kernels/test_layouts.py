@@ -1,11 +1,7 @@
 """Every family of kernels against its reference, of odd sizes, in bfloat16, and on tensors that are not contiguous."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +18,7 @@ from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, ViewParams
+from tests.kernels.interpreter import interpreted
 from tests.kernels.test_fake_quantize import grids
 from tests.kernels.test_scaled_product import exact, operand
 
@@ -215,9 +212,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels_take_any_layout_in_the_interpreter(check):
-    code = f"from tests.kernels.test_layouts import *; [{check}('cpu', dtype) for dtype in DTYPES.values()]"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, f"[{check}('cpu', dtype) for dtype in DTYPES.values()]")
 
 
 @pytest.mark.gpu

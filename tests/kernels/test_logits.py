@@ -1,13 +1,9 @@
 """The kernel of cross entropies and their gradients against the reference."""
 
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ import torch
 from qat.kernels.cross_entropy import linear_cross_entropy
 from qat.kernels.logits import reference
 from qat.kernels.ops import reference_kernels
+from tests.kernels.interpreter import interpreted
 
 # Rows and vocabularies: odd ones, one row, and one in several tiles.
 SIZES = [(5, 97), (3, 300), (1, 64)]
@@ -87,9 +84,7 @@ def compare_times(device, dtype=torch.float32):
     ],
 )
 def test_triton_in_the_interpreter_equals_the_reference(call, width):
-    code = f"from tests.kernels.test_logits import *\nwith tiles_of({width}): {call}"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, f"with tiles_of({width}): {call}")
 
 
 @pytest.mark.gpu

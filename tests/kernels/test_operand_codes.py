@@ -1,11 +1,7 @@
 """Codes of operands: the kernels against the reference to the bit, and gradients rounded at random without bias."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import combinations, product
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from qat.kernels import dispatch, product_ops
 from qat.kernels.operand_codes import reference
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import PerTensor, PerToken
+from tests.kernels.interpreter import interpreted
 
 FORMATS = ["int4", "int8", "fp8_e4m3", "fp8_e5m2"]
 # Rows and columns: tiles in full, odd ones, fewer columns than noise comes in, one row, several tiles high.
@@ -174,9 +171,7 @@ CHECKS = [compare_spoilt, compare_transposed, compare_noise, compare_layers]
     ],
 )
 def test_triton_in_the_interpreter_equals_the_reference(call):
-    code = f"from tests.kernels.test_operand_codes import *; {call}"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    interpreted(__name__, call)
 
 
 @pytest.mark.gpu

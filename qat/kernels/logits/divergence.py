@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.kernels.fake_quantize.tiles import power_of_two
 from qat.kernels.launch import KEPT, Launch
-from qat.kernels.logits.triton import shaped
+from qat.kernels.logits.triton import logit_of_target, logits_of, with_logits
 
 _WIDTH, _WARPS = 4096, 16
 
@@ -82,21 +82,6 @@ def _ready(rows: int, columns: int, mix: Mix, with_gradient: bool) -> Launch:
 
 
 @triton.jit
-def _logits(own, column, columns, scale, softcap, CAPPED: tl.constexpr):
-    """Logits of words, -inf where there is none, and their derivatives."""
-    z = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-    v, slope = shaped(z, scale, softcap, CAPPED)
-    return tl.where(column < columns, v, float("-inf")), slope
-
-
-@triton.jit
-def _added(most, total, v):
-    """The greatest of all logits so far, and the sum of exponentials relative to it."""
-    higher = tl.maximum(most, tl.max(v, axis=0))
-    return higher, total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
-
-
-@triton.jit
 def _share(probability, log_ratio):
     """probability * log_ratio, and 0 where there is no probability."""
     return tl.where(probability == 0, 0.0, probability * log_ratio)
@@ -130,31 +115,27 @@ def _losses_and_gradient(
     row = tl.program_id(0).to(tl.int64)
     own, theirs, target = z + row * columns, z_teacher + row * columns, tl.load(targets + row)
     counts = target != ignored
-    # A target that is no word makes NaN, which training does not overlook.
-    z_own = tl.load(own + target, mask=counts & (target >= 0) & (target < columns), other=float("nan")).to(tl.float32)
-    at_target = shaped(z_own, scale, softcap, CAPPED)[0]
+    at_target = logit_of_target(own, target, counts, columns, scale, softcap, CAPPED)
 
     # Finite, so that a tile of -inf makes no NaN.
     most, total, tempered = -3.4028234663852886e38, 0.0, 0.0
     most_a, most_b, total_b = most, most, total
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
-        v = _logits(own, column, columns, scale, softcap, CAPPED)[0]
-        b = _logits(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0] * inverse_temperature
-        most, total = _added(most, total, v)
-        most_a, tempered = _added(most_a, tempered, v * inverse_temperature)
-        most_b, total_b = _added(most_b, total_b, b)
+        v = logits_of(own, column, columns, scale, softcap, CAPPED)[0]
+        b = logits_of(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0]
+        most, total = with_logits(most, total, v)
+        most_a, tempered = with_logits(most_a, tempered, v * inverse_temperature)
+        most_b, total_b = with_logits(most_b, total_b, b * inverse_temperature)
     norm, norm_a, norm_b = most + tl.log(total), most_a + tl.log(tempered), most_b + tl.log(total_b)
 
     # KL(p || q) and KL(q || p), or both from the mixture.
     of_p, of_q = 0.0, 0.0
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
-        log_q = _logits(own, column, columns, scale, softcap, CAPPED)[0] * inverse_temperature - norm_a
-        log_p = (
-            _logits(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0] * inverse_temperature
-        )
-        log_p -= norm_b
+        log_q = logits_of(own, column, columns, scale, softcap, CAPPED)[0] * inverse_temperature - norm_a
+        b = logits_of(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0]
+        log_p = b * inverse_temperature - norm_b
         p, q = tl.exp(log_p), tl.exp(log_q)
         if BETWEEN:
             log_m = tl.log(between * p + (1 - between) * q)
@@ -171,13 +152,10 @@ def _losses_and_gradient(
     if GRADIENT:
         for first in range(0, columns, WIDTH):
             column = first + tl.arange(0, WIDTH)
-            v, slope = _logits(own, column, columns, scale, softcap, CAPPED)
+            v, slope = logits_of(own, column, columns, scale, softcap, CAPPED)
             log_q = v * inverse_temperature - norm_a
-            log_p = (
-                _logits(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0]
-                * inverse_temperature
-            )
-            log_p -= norm_b
+            b = logits_of(theirs, column, columns, teacher_scale, teacher_softcap, TEACHER_CAPPED)[0]
+            log_p = b * inverse_temperature - norm_b
             p, q = tl.exp(log_p), tl.exp(log_q)
             if BETWEEN:
                 log_m = tl.log(between * p + (1 - between) * q)

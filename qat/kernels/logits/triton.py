@@ -31,6 +31,29 @@ def shaped(z, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def logits_of(own, column, columns, scale, softcap, CAPPED: tl.constexpr):
+    """Logits of words of a row, -inf where there is none, and their derivatives."""
+    z = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
+    v, slope = shaped(z, scale, softcap, CAPPED)
+    return tl.where(column < columns, v, float("-inf")), slope
+
+
+@triton.jit
+def logit_of_target(own, target, counts, columns, scale, softcap, CAPPED: tl.constexpr):
+    """The logit of the next token; of what is no word NaN, which training does not overlook."""
+    is_word = counts & (target >= 0) & (target < columns)
+    z = tl.load(own + target, mask=is_word, other=float("nan")).to(tl.float32)
+    return shaped(z, scale, softcap, CAPPED)[0]
+
+
+@triton.jit
+def with_logits(most, total, v):
+    """The greatest of all logits so far, and the sum of exponentials relative to it, with those of `v`."""
+    higher = tl.maximum(most, tl.max(v, axis=0))
+    return higher, total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
+
+
+@triton.jit
 def _loss_and_gradient(
     z,
     targets,
@@ -46,24 +69,17 @@ def _loss_and_gradient(
     row = tl.program_id(0).to(tl.int64)
     own, target = z + row * columns, tl.load(targets + row)
     counts = target != ignored
-    # A target that is no word makes NaN, which training does not overlook.
-    z_own = tl.load(own + target, mask=counts & (target >= 0) & (target < columns), other=float("nan")).to(tl.float32)
-    at_target = shaped(z_own, scale, softcap, CAPPED)[0]
+    at_target = logit_of_target(own, target, counts, columns, scale, softcap, CAPPED)
     most, total = -3.4028234663852886e38, 0.0  # finite, so that a tile of -inf makes no NaN
     for first in range(0, columns, WIDTH):
         column = first + tl.arange(0, WIDTH)
-        z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-        v = tl.where(column < columns, shaped(z_tile, scale, softcap, CAPPED)[0], float("-inf"))
-        higher = tl.maximum(most, tl.max(v, axis=0))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(v - higher), axis=0)
-        most = higher
+        most, total = with_logits(most, total, logits_of(own, column, columns, scale, softcap, CAPPED)[0])
     tl.store(losses + row, tl.where(counts, tl.log(total) + most - at_target, 0.0))
     if GRADIENT:
         share = tl.where(counts, 1 / total, 0.0)
         for first in range(0, columns, WIDTH):
             column = first + tl.arange(0, WIDTH)
-            z_tile = tl.load(own + column, mask=column < columns, other=0).to(tl.float32)
-            v, slope = shaped(z_tile, scale, softcap, CAPPED)
+            v, slope = logits_of(own, column, columns, scale, softcap, CAPPED)
             # Selected, not multiplied: what does not count is 0 whatever its logits are.
             gradient = (tl.exp(v - most) * share - tl.where(column == target, 1.0, 0.0)) * slope
             gradient = tl.where(counts, gradient, 0.0)
