@@ -1,0 +1,1 @@
+"""y = x @ dequantize(W)^T + b for packed weights: tile order, decoding, kernels for few and for many tokens."""
