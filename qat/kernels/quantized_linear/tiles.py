@@ -51,13 +51,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.errors import InputError
+from qat.kernels.quantized_linear.decode import HIGH_BIT
 
 TILE_ROWS, TILE_COLUMNS = 16, 64
 # Words of a chunk, and columns of what a warp takes at a time: as many chunks as a code has bits.
 CHUNK, STEP_COLUMNS = 128, 256
-# Where in its half the high bit of a 3-bit code stands, for the pairs a0 ... a3 of the first q and of the second, and
-# one further for the second two q: two above the place that `decode.FIELDS` shifts the low bits to.
-HIGH_BIT = (2, 4, 6, 8, 10, 12, 14, 0)
 # Columns that whole chunks hold.
 _UNIT_COLUMNS = {2: 128, 3: 256, 4: 64, 8: 64}
 # Elements that are converted at a time.

@@ -27,7 +27,7 @@ def fragment_c(lane):
 
 
 def x_registers(lane, tile):
-    """Columns in a step of the two halves of the 8 registers of x that a lane loads for `tile` of it: two 16-byte loads."""
+    """Columns in a step of the two halves of the 8 registers of x that a lane loads for `tile`: 16 bytes twice."""
     thread = lane % 4
     columns = [64 * tile + 32 * load + 8 * thread + i for load in range(2) for i in range(8)]
     return [columns[2 * i : 2 * i + 2] for i in range(8)]

@@ -93,10 +93,8 @@ def test_scales_stand_where_lanes_look(group, dtype):
 
 
 def test_scales_that_bfloat16_holds_take_two_bytes():
-    assert torch.equal(
-        tiles.to_scale_words(torch.full((16, 4), 0.5), 64),
-        tiles.to_scale_words(torch.full((16, 4), 0.5).bfloat16(), 64),
-    )
+    scale = torch.full((16, 4), 0.5)
+    assert torch.equal(tiles.to_scale_words(scale, 64), tiles.to_scale_words(scale.bfloat16(), 64))
 
 
 def test_zero_points_stand_as_scales_do():

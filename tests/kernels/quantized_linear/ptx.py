@@ -1,0 +1,93 @@
+"""A machine for the few instructions of PTX that decode, on numpy arrays: one lane each element."""
+
+import re
+
+import numpy as np
+
+from tests.kernels.quantized_linear.ptx_floats import FROM_BITS, TO_BITS
+
+WIDTHS = {"bf16x2": "bf16", "f16x2": "f16"}
+
+
+def run(lines, registers):
+    """Execute `lines` on `registers`, name to uint32 array, and return all registers."""
+    scopes = [dict(registers)]
+    for line in "\n".join(lines).split("\n"):
+        for statement in filter(None, (part.strip() for part in line.split(";"))):
+            execute(statement, scopes)
+    assert len(scopes) == 1
+    return scopes[0]
+
+
+def execute(statement, scopes):
+    if statement == "{":
+        scopes.append({})
+    elif statement == "}":
+        scopes.pop()
+    elif statement.startswith(".reg"):
+        _, kind, names = statement.split(maxsplit=2)
+        assert kind == ".b32"
+        for name in names.split(","):
+            assert name.strip() not in scopes[-1], f"{name} is declared twice"
+            scopes[-1][name.strip()] = None
+    else:
+        operation, operands = statement.split(maxsplit=1)
+        out, *arguments = (operand.strip() for operand in operands.split(","))
+        result = OPERATIONS[operation](*(value(argument, scopes) for argument in arguments))
+        scope = next(scope for scope in reversed(scopes) if out in scope)
+        scope[out] = np.asarray(result).astype(np.uint32)
+
+
+def value(operand, scopes):
+    if re.fullmatch(r"0x[0-9A-Fa-f]+|\d+", operand):
+        return np.uint32(int(operand, 0))
+    found = next(scope[operand] for scope in reversed(scopes) if operand in scope)
+    assert found is not None, f"{operand} is read before it is written"
+    return found
+
+
+def prmt(a, b, selector):
+    """Without the sign mode, which no selector here may ask for."""
+    bytes = [np.asarray(source >> np.uint32(8 * i)) & np.uint32(255) for source in (a, b) for i in range(4)]
+    shape = np.broadcast_shapes(*(np.shape(x) for x in (a, b, selector)))
+    bytes = np.stack([np.broadcast_to(byte, shape) for byte in bytes])
+    out = np.zeros(shape, np.uint32)
+    for i in range(4):
+        nibble = np.broadcast_to(selector >> np.uint32(4 * i), shape) & np.uint32(15)
+        assert (nibble < 8).all()
+        out |= np.take_along_axis(bytes, nibble[None].astype(np.int64), 0)[0] << np.uint32(8 * i)
+    return out
+
+
+def lop3(a, b, c, table):
+    out = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(c)), np.uint32)
+    for entry in range(8):
+        if int(table) >> entry & 1:
+            out |= (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
+    return out
+
+
+def fma(kind):
+    """Of both halves: exact in float64, which holds products and sums of what is multiplied here, then rounded once."""
+
+    def compute(a, b, c):
+        out = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(c)), np.uint32)
+        for at in (0, 16):
+            x, y, z = (FROM_BITS[kind](np.asarray(v >> np.uint32(at)) & np.uint32(0xFFFF)) for v in (a, b, c))
+            out |= TO_BITS[kind](x * y + z) << np.uint32(at)
+        return out
+
+    return compute
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "lop3.b32": lop3,
+    "prmt.b32": prmt,
+    "fma.rn.bf16x2": fma("bf16"),
+    "fma.rn.f16x2": fma("f16"),
+}
