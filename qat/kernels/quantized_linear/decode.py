@@ -24,14 +24,14 @@ class Real(NamedTuple):
     magic: 128 = 2^7 for the 7 bits of bfloat16's fraction, 1024 for the 10 of float16's. A whole number below it,
         written into the fraction, is added to it: so `or` converts.
     magic_bits: those of `magic`, and of -magic with the highest bit set.
-    powers: bits of 2^-p by p.
+    powers: bits of 2^-p, p = 0 ... 4.
     minus_one: bits of -1.
     """
 
     name: str
     magic: int
     magic_bits: int
-    powers: Mapping[int, int]
+    powers: tuple[int, ...]
     minus_one: int
 
     @property
@@ -40,8 +40,8 @@ class Real(NamedTuple):
         return f"mma.sync.aligned.m16n8k16.row.col.f32.{self.name}.{self.name}.f32"
 
 
-BFLOAT16 = Real("bf16", 128, 0x4300, {0: 0x3F80, 2: 0x3E80, 4: 0x3D80}, 0xBF80)
-FLOAT16 = Real("f16", 1024, 0x6400, {0: 0x3C00, 2: 0x3400, 4: 0x2C00}, 0xBC00)
+BFLOAT16 = Real("bf16", 128, 0x4300, (0x3F80, 0x3F00, 0x3E80, 0x3E00, 0x3D80), 0xBF80)
+FLOAT16 = Real("f16", 1024, 0x6400, (0x3C00, 0x3800, 0x3400, 0x3000, 0x2C00), 0xBC00)
 
 # Where the pairs of a word of integers are read, in the order of a0 ... a3 of its instructions: (shift of the word,
 # place p of the lowest bit in the half then). Pairs whose fractions still hold them are not shifted one by one.
