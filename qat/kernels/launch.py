@@ -23,6 +23,7 @@ class Launch:
         programs: how many of them.
         numbers: integers and floats.
         constants: by name, in the order of the kernel.
+        options: of Triton's compiler, such as `maxnreg`.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Launch:
         numbers: tuple[int | float, ...],
         constants: Mapping[str, Any],
         num_warps: int = 4,
+        **options: int,
     ) -> None:
         self._kernel, self._programs, self._numbers = kernel, programs, numbers
-        self._options = dict(constants) | {"num_warps": num_warps, "enable_fp_fusion": False}
+        self._options = dict(constants) | {"num_warps": num_warps, "enable_fp_fusion": False} | options
         self._rest = (*numbers, *constants.values())
         # Device and kinds of tensors to what launches the form that Triton compiled for them.
         self._forms: dict[tuple[Any, ...], Any] = {}

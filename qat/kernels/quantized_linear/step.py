@@ -43,10 +43,12 @@ class _Operands:
 
 
 @lru_cache
-def step(layout: Layout, real: Real, token_tiles: int, wide_scales: bool, one_table: bool, ring: int | None) -> Assembly:
-    """Assembly with these operands, tensors of four registers a lane, in this order:
+def step(
+    layout: Layout, real: Real, token_tiles: int, wide_scales: bool, one_table: bool, ring: int | None
+) -> Assembly:
+    """The totals after a step of a warp.
 
-    results: the totals, one for each tile of 8 tokens;
+    Operands are tensors of four registers a lane, in this order. Results: the totals, one for each tile of 8 tokens;
     the totals before, as many; `bits` chunks of codes; x, two for each of four tiles of 64 columns and each tile of
     tokens; scales, zero points and tables, where the layout has them.
 

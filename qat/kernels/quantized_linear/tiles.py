@@ -173,7 +173,7 @@ def _fields(codes: Tensor, plane: _Plane, tables: bool) -> Iterator[tuple[int, T
     view = codes.permute([_INDICES.index(index) for index in plane.outer + plane.inner])
     for choice in product(range(2), repeat=len(plane.inner)):
         place = {"h": 0, "q": 0, "s": 0, "v": 0, "w": 0} | dict(zip(plane.inner, choice, strict=True))
-        yield plane.bit(tables, **place), view[(..., *choice)]
+        yield plane.bit(tables, **place), view[(..., *choice)]  # type: ignore[index]
 
 
 def _words(codes: Tensor, bits: int, tables: bool) -> Tensor:

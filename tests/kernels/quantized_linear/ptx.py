@@ -9,41 +9,65 @@ from tests.kernels.quantized_linear.ptx_floats import FROM_BITS, TO_BITS
 WIDTHS = {"bf16x2": "bf16", "f16x2": "f16"}
 
 
-def run(lines, registers):
-    """Execute `lines` on `registers`, name to uint32 array, and return all registers."""
+def run(lines, registers, matrices=None):
+    """Execute `lines` on `registers`, name to uint32 or float32 array, and return all registers.
+
+    `matrices`: what computes instructions of tensor cores, whose operands are vectors, by the first word of their name.
+    """
     scopes = [dict(registers)]
     for line in "\n".join(lines).split("\n"):
         for statement in filter(None, (part.strip() for part in line.split(";"))):
-            execute(statement, scopes)
+            execute(statement, scopes, matrices)
     assert len(scopes) == 1
     return scopes[0]
 
 
-def execute(statement, scopes):
+def execute(statement, scopes, matrices):
     if statement == "{":
         scopes.append({})
     elif statement == "}":
         scopes.pop()
     elif statement.startswith(".reg"):
         _, kind, names = statement.split(maxsplit=2)
-        assert kind == ".b32"
+        assert kind in (".b32", ".f32")
         for name in names.split(","):
             assert name.strip() not in scopes[-1], f"{name} is declared twice"
             scopes[-1][name.strip()] = None
+    elif "{" in statement:
+        operation = statement.split(maxsplit=1)[0]
+        vectors = [[name.strip() for name in vector.split(",")] for vector in re.findall(r"{(.*?)}", statement)]
+        found = matrices[operation.split(".")[0]](operation, *vectors, lambda name: value(name, scopes))
+        for out, result in found.items():
+            write(out, result, scopes)
     else:
         operation, operands = statement.split(maxsplit=1)
         out, *arguments = (operand.strip() for operand in operands.split(","))
-        result = OPERATIONS[operation](*(value(argument, scopes) for argument in arguments))
-        scope = next(scope for scope in reversed(scopes) if out in scope)
-        scope[out] = np.asarray(result).astype(np.uint32)
+        write(out, OPERATIONS[operation](*(value(argument, scopes) for argument in arguments)), scopes)
+
+
+def write(out, result, scopes):
+    scope = next(scope for scope in reversed(scopes) if out in scope)
+    result = np.asarray(result)
+    assert result.dtype in (np.uint32, np.float32)
+    scope[out] = result
 
 
 def value(operand, scopes):
     if re.fullmatch(r"0x[0-9A-Fa-f]+|\d+", operand):
         return np.uint32(int(operand, 0))
+    if operand.startswith("0f"):
+        return np.uint32(int(operand[2:], 16)).view(np.float32)
     found = next(scope[operand] for scope in reversed(scopes) if operand in scope)
     assert found is not None, f"{operand} is read before it is written"
     return found
+
+
+def as_bits(a):
+    return np.asarray(a).view(np.uint32) if np.asarray(a).dtype == np.float32 else a
+
+
+def as_float(a):
+    return np.asarray(a).view(np.float32) if np.asarray(a).dtype == np.uint32 else a
 
 
 def prmt(a, b, selector):
@@ -81,7 +105,11 @@ def fma(kind):
 
 
 OPERATIONS = {
-    "mov.b32": lambda a: a,
+    "mov.b32": as_bits,
+    "mov.f32": as_float,
+    "fma.rn.f32": lambda a, b, c: (
+        as_float(a).astype(np.float64) * as_float(b).astype(np.float64) + as_float(c).astype(np.float64)
+    ).astype(np.float32),
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "shl.b32": lambda a, b: a << b,

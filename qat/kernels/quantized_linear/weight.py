@@ -1,0 +1,182 @@
+"""A packed weight as kernels read it, and back."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.kernels.quantized_linear.layout import GRID_TABLE, INTEGERS, TABLE, Layout
+from qat.kernels.quantized_linear.tiles import (
+    STEP_COLUMNS,
+    TILE_ROWS,
+    from_tiles,
+    rows_of_pairs,
+    to_scale_words,
+    to_tiles,
+    to_zero_words,
+)
+from qat.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat, LevelFormat
+from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.qtensor import QuantizedTensor
+
+# Entries of a grid table are whole numbers over this.
+GRID = 64
+# A table for all rows is stored so many times: see `skinny.tables_of_row`.
+_COPIES = 8
+
+
+class TiledWeight(NamedTuple):
+    """A weight in tile order: what `ops.quantized_linear` multiplies.
+
+    tiles: codes, int32 `[rows of tiles, words]`; see `tiles.py`.
+    scale: int32 `[rows of tiles, steps, 8, words]` for groups; float32 `[rows]` where a row has one.
+    zero: zero points, int32, laid out as the scales of groups; None where all share `layout.center`.
+    table: float32 `[1 or rows, entries]`; None for integers.
+    """
+
+    tiles: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    layout: Layout
+
+
+def tiled(q: QuantizedTensor) -> TiledWeight | None:
+    """`q`, a matrix, in tile order; None where no kernel takes it."""
+    layout = _layout(q)
+    if layout is None:
+        return None
+    params, low = q.qparams.for_view(), q.format.code_range[0]
+    rows = layout.rows
+    scale, zero = (_of_rows(param, rows) for param in (params.scale, params.zero_point))
+    assert scale is not None
+    if not layout.group:
+        own_scale = scale.expand(rows, 1).flatten().contiguous()
+    else:
+        own_scale = to_scale_words(_in_groups(scale, q.granularity, layout), layout.group)
+    own_zero = None
+    if zero is not None:
+        zero = zero.expand(rows, zero.shape[1]) - low
+        if not bool(((zero >= 0) & (zero < 2 ** min(layout.bits + 3, 8)) & (zero == zero.round())).all()):
+            return None
+        own_zero = to_zero_words(_in_groups(zero, q.granularity, layout), layout.group or STEP_COLUMNS)
+    table = _table(q, params.codebook)
+    if layout.kind == GRID_TABLE and layout.group:
+        own_scale = to_scale_words(_in_groups(scale / GRID, q.granularity, layout), layout.group)
+    elif layout.kind == GRID_TABLE:
+        own_scale = own_scale / GRID
+    codes = (q.codes.to(torch.int16) - low).to(torch.uint8) if low else q.codes
+    return TiledWeight(to_tiles(codes, layout.bits, layout.tables), own_scale, own_zero, table, layout)
+
+
+def codes_of(weight: TiledWeight, format: Format) -> Tensor:
+    """The codes that `tiled` was given, `[rows, columns]`."""
+    layout = weight.layout
+    codes = from_tiles(weight.tiles, layout.bits, layout.rows, layout.columns, layout.tables)
+    low = format.code_range[0]
+    return (codes.to(torch.int16) + low).to(format.code_dtype) if low else codes
+
+
+def scales_of(weight: TiledWeight) -> Tensor:
+    """What values are multiplied by: float32 `[rows, groups]`, or `[rows, 1]`."""
+    layout = weight.layout
+    if not layout.group:
+        return weight.scale[:, None]
+    words, each = weight.scale, STEP_COLUMNS // layout.group
+    if words.shape[-1] == each:
+        scale = rows_of_pairs(words).contiguous().view(torch.bfloat16).to(torch.float32)
+    else:  # float32: row g, then row g + 8, of each group
+        pairs = words.view(torch.float32).unflatten(-1, (each, 2)).movedim(-1, 1)
+        scale = pairs.transpose(2, 3).reshape(len(words) * TILE_ROWS, -1)
+    return scale[: layout.rows, : layout.columns // layout.group]
+
+
+def zeros_of(weight: TiledWeight) -> Tensor | None:
+    """Zero points in float32, shaped as `scales_of`; of codes that begin with 0."""
+    if weight.zero is None:
+        return None
+    groups = weight.layout.columns // weight.layout.group if weight.layout.group else 1
+    return rows_of_pairs(weight.zero)[: weight.layout.rows, :groups].to(torch.float32)
+
+
+def table_words(table: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Tables as kernels load them, int32 `[8 or whole tiles of rows, layout.table_words]`: see `decode.Table`.
+
+    Args:
+        table: `[1 or rows, entries]`; whole numbers for a grid table.
+        dtype: of x, to which entries are rounded.
+    """
+    count, entries = table.shape
+    missing = 2**layout.bits - entries
+    padded = torch.nn.functional.pad(table, (0, missing, 0, -count % TILE_ROWS if count > 1 else 0))
+    if layout.kind == GRID_TABLE:
+        planes = [(padded + GRID).to(torch.int32)]
+    else:
+        bits = padded.to(dtype).view(torch.int16).to(torch.int32)
+        planes = [bits & 0xFF, bits >> 8 & 0xFF]
+    shifts = torch.arange(4, device=table.device, dtype=torch.int32) * 8
+    words = torch.cat([(plane.unflatten(1, (-1, 4)) << shifts).sum(2, dtype=torch.int32) for plane in planes], dim=1)
+    words = torch.nn.functional.pad(words, (0, layout.table_words - words.shape[1]))
+    return words.repeat(_COPIES, 1) if count == 1 else words
+
+
+def _layout(q: QuantizedTensor) -> Layout | None:
+    format, granularity = q.format, q.granularity
+    if q.codes.ndim != 2 or format.block > 1 or q.qparams.offset is not None or not q.codes.numel():
+        return None
+    rows, columns = q.shape
+    group = _group(granularity)
+    if group is None:
+        return None
+    zeros, codebook = q.qparams.zero_point is not None, q.qparams.codebook
+    if isinstance(format, IntFormat) and format.bits in (2, 3, 4, 8):
+        return Layout(rows, columns, format.bits, INTEGERS, None if zeros else -format.code_range[0], group)
+    if zeros:
+        return None
+    bits = max(2, format.bits)
+    if isinstance(format, LevelFormat) and format.count % 2 and bits <= 4:
+        return Layout(rows, columns, bits, INTEGERS, format.count // 2, group)
+    if bits > 4 or not isinstance(format, LevelFormat | FloatFormat | CodebookFormat):
+        return None
+    if codebook is not None and codebook.numel() // codebook.shape[-1] not in (1, rows):
+        return None
+    on_grid = codebook is not None and _on_grid(codebook)
+    return Layout(rows, columns, bits, GRID_TABLE if on_grid else TABLE, None, group)
+
+
+def _group(granularity: Granularity) -> int | None:
+    if isinstance(granularity, PerTensor | PerToken) or granularity == PerChannel(0):
+        return 0
+    if not isinstance(granularity, PerGroup):
+        return None
+    size = granularity.group_size
+    return 128 if size % 128 == 0 else size if size in (32, 64) else None
+
+
+def _on_grid(codebook: Tensor) -> bool:
+    whole = codebook.to(torch.float32) * GRID
+    return bool(((whole == whole.round()) & (whole >= -64) & (whole < 64)).all())
+
+
+def _table(q: QuantizedTensor, codebook: Tensor | None) -> Tensor | None:
+    layout = _layout(q)
+    assert layout is not None
+    if not layout.tables:
+        return None
+    if codebook is None:
+        low, high = q.format.code_range
+        every = torch.arange(low, high + 1, device=q.codes.device).to(q.format.code_dtype)
+        return q.format.decode(every[None])
+    return codebook * GRID if layout.kind == GRID_TABLE else codebook
+
+
+def _of_rows(param: Tensor | None, rows: int) -> Tensor | None:
+    """`[groups, 1]` as `[rows or 1, groups of a row]`."""
+    return None if param is None else param.reshape(min(rows, len(param)), -1)
+
+
+def _in_groups(param: Tensor, granularity: Granularity, layout: Layout) -> Tensor:
+    """Params of the groups that kernels know: larger ones are taken apart."""
+    if not isinstance(granularity, PerGroup):
+        return param
+    return param.repeat_interleave(granularity.group_size // layout.group, dim=1)
