@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("cases", ["cases_skinny.py"])
+@pytest.mark.parametrize("cases", ["cases_skinny.py", "cases_wide.py"])
 def test_in_the_interpreter(cases):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__).parent / cases)]
     found = subprocess.run(
