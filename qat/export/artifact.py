@@ -149,8 +149,8 @@ def _quantized(model: nn.Module) -> Iterator[QuantizedTensor]:
     for layer in model.modules():
         if isinstance(layer, PackedLayer):
             for weight in layer.weights().values():
-                if weight.codes.data_ptr() not in seen:
-                    seen.add(weight.codes.data_ptr())
+                if weight.memory not in seen:
+                    seen.add(weight.memory)
                     yield weight.quantized()
         elif isinstance(layer, QuantLayer):
             for name, matrix, quantizer in layer.weights():

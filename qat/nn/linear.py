@@ -1,12 +1,14 @@
 """Linear layers: a full-precision weight that is quantized as it is used, and a packed one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.kernels.linear import compute_dtype
+from qat.kernels.quantized_linear.ops import quantized_linear, takes
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
 from qat.nn.packed import PackedTensor
 from qat.nn.quantize_grad import quantize_grad
@@ -35,7 +37,19 @@ class PackedLinear(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.input_quantizer(input)
-        return self.output_quantizer(F.linear(x, self.weight.dequantize(compute_dtype(x)), self.bias))
+        dtype = compute_dtype(x)
+        x = x if x.dtype == dtype else x.to(dtype)
+        tiled = self.weight.tiled() if takes(x) else None
+        if tiled is not None:
+            return self.output_quantizer(quantized_linear(x, tiled, self.bias))
+        return self.output_quantizer(F.linear(x, self.weight.dequantize(dtype), self.bias))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moved to a GPU, the weight takes the order of kernels: a compiler could not put it there."""
+        super()._apply(fn, recurse)
+        if takes(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)):
+            self.weight.tiled()
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

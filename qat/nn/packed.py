@@ -1,6 +1,7 @@
 """The stored form of a tensor: packed codes and qparams as buffers, and no Quantizer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.kernels.quantized_linear import weight as tile_order
+from qat.kernels.quantized_linear.tiles import TILE_ROWS
+from qat.kernels.quantized_linear.weight import TiledWeight
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import PerChannel, PerGroup, PerTensor, PerToken, parse_granularity
 from qat.numerics.packing import pack, packed_bytes, unpack
@@ -24,6 +28,10 @@ class PackedTensor(KeepsDtype):
     A scale that is quantized itself is a PackedTensor in turn, so its codes are stored under `scale.codes`. Casting the
     model changes the dtype that a weight is dequantized to, as it would change the weight, and no stored number.
 
+    Codes are stored row by row, as artifacts have them. What multiplies by the tensor on a GPU asks for `tiled`, which
+    puts them into the order of its kernels, once, and keeps no others. Whoever needs the artifact's order gets it back:
+    state dicts, casts and moves between devices.
+
     Args:
         description: what `describe` returns; the buffers are allocated from it and filled by `load_state_dict`.
     """
@@ -37,6 +45,8 @@ class PackedTensor(KeepsDtype):
         self.granularity = parse_granularity(description["granularity"])
         self.shape = torch.Size(description["shape"])
         self.dtype = dtype_named(description["dtype"])
+        self._tiled: TiledWeight | None = None
+        self._tiles_refused = False
         size = packed_bytes(codes_shape(self.shape, self.format).numel(), self.format.bits)
         self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
         for name in _FIELDS:
@@ -62,6 +72,7 @@ class PackedTensor(KeepsDtype):
         return packed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTensor":
+        self.to_rows()
         super()._apply(fn, recurse)
         self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype)
         for scale in self.children():
@@ -78,11 +89,54 @@ class PackedTensor(KeepsDtype):
         """Where it lies; models of transformers ask the weight of an embedding."""
         return self.codes.device
 
+    @property
+    def memory(self) -> int:
+        """What tells tensors apart that share no memory: the address of their codes."""
+        return (self.codes if self._tiled is None else self._tiled.tiles).data_ptr()
+
+    def tiled(self) -> TiledWeight | None:
+        """The tensor in tile order; None where no kernel takes it. Converted by blocks, at the first call."""
+        if self._tiled is None and not self._tiles_refused:
+            fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
+            resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
+            grid = QParams(*resolved), self.format, self.granularity
+            self._tiled = tile_order.tiled_by_rows(self.shape, *grid, self._codes_of_rows)
+            self._tiles_refused = self._tiled is None
+            if self._tiled is not None:
+                self.codes = self.codes.new_empty(0)
+                if self.dtype != torch.float32:
+                    self._tiled.words_for(self.dtype)
+        return self._tiled
+
+    def to_rows(self) -> None:
+        """Put codes back into the order of artifacts."""
+        if self._tiled is not None:
+            self.codes = pack(tile_order.codes_of(self._tiled, self.format), self.format)
+            self._tiled = None
+        self._tiles_refused = False
+
+    def _codes_of_rows(self, first: int, last: int) -> Tensor:
+        """Codes of rows; `first` is a multiple of eight, so they begin with a byte."""
+        columns, bits = self.shape[1], self.format.bits
+        own = self.codes[first * columns // 8 * bits : packed_bytes(last * columns, bits)]
+        return unpack(own, self.format, (last - first, columns))
+
+    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.to_rows()
+        super()._save_to_state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.to_rows()
+        super()._load_from_state_dict(*arguments, **options)
+
     def quantized(self) -> QuantizedTensor:
         """The QuantizedTensor, codes unpacked."""
         fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
         resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
-        codes = unpack(self.codes, self.format, codes_shape(self.shape, self.format))
+        if self._tiled is None:
+            codes = unpack(self.codes, self.format, codes_shape(self.shape, self.format))
+        else:
+            codes = tile_order.codes_of(self._tiled, self.format)
         return QuantizedTensor(codes, QParams(*resolved), self.format, self.granularity, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -98,12 +152,23 @@ class PackedTensor(KeepsDtype):
         count, columns = codes_shape(self.shape, self.format)
         row_bytes = packed_bytes(columns, self.format.bits)
         separate = isinstance(self.granularity, PerTensor | PerChannel | PerToken | PerGroup)
-        if not separate or len(self.codes) != count * row_bytes or not len(rows):
+        whole_bytes = self._tiled is not None or len(self.codes) == count * row_bytes
+        if not separate or not whole_bytes or not len(rows):
             return self.dequantize().index_select(0, rows)
-        packed = self.codes.view(count, row_bytes).index_select(0, rows)
-        codes = unpack(packed.view(-1), self.format, (len(rows), columns))
+        if self._tiled is None:
+            packed = self.codes.view(count, row_bytes).index_select(0, rows)
+            codes = unpack(packed.view(-1), self.format, (len(rows), columns))
+        else:
+            codes = self._tiled_rows(self._tiled, rows)
         qparams = QParams(*(self._field_of_rows(name, rows) for name in _FIELDS))  # type: ignore[arg-type]
         return ops.dequantize(codes, qparams, self.format, self.granularity, self.dtype)
+
+    def _tiled_rows(self, weight: TiledWeight, rows: Tensor) -> Tensor:
+        """Codes of `rows`, from the rows of tiles that hold them."""
+        layout = weight.layout._replace(rows=len(rows) * TILE_ROWS)
+        own = replace(weight, tiles=weight.tiles.index_select(0, rows // TILE_ROWS), layout=layout)
+        tall = tile_order.codes_of(own, self.format).view(len(rows), TILE_ROWS, -1)
+        return tall[torch.arange(len(rows), device=rows.device), rows % TILE_ROWS]
 
     def _field_of_rows(self, name: str, rows: Tensor) -> Tensor | None:
         """The qparams of `rows`, for a field that has some for each row; else all of it."""

@@ -26,7 +26,7 @@ def slice_bits(model: nn.Module, bits: int) -> nn.Module:
             found.add(weight.format.name)
             if not is_nested(weight.format) or weight.format.bits <= bits:
                 continue
-            key = weight.codes.data_ptr()  # shared with an embedding, say
+            key = weight.memory  # shared with an embedding, say
             if key not in made:
                 made[key] = PackedTensor.from_quantized(sliced(weight.quantized(), bits))
             setattr(layer, name, made[key])

@@ -1,6 +1,6 @@
 """y = x @ dequantize(W)^T + b in PyTorch: the definition, and what a CPU computes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from qat.kernels.quantized_linear.layout import INTEGERS
 from qat.kernels.quantized_linear.tiles import TILE_ROWS, from_tiles
-from qat.kernels.quantized_linear.weight import TiledWeight, scales_of, zeros_of
+from qat.kernels.quantized_linear.weight import TiledWeight, blocks, scales_of, zeros_of
 
-# Values of a weight that are there at a time.
-_BLOCK = 2**24
+# Weights of no more values are dequantized whole.
+_WHOLE = 2**24
 
 
 def quantized_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
@@ -53,17 +53,10 @@ def linear_by_rows(
     x: Tensor, rows: int, columns: int, bias: Tensor | None, weight_rows: Callable[[int, int], Tensor]
 ) -> Tensor:
     """x @ W^T + bias for a weight that is found in blocks; a small one is found whole."""
-    if rows * columns <= _BLOCK:
+    if rows * columns <= _WHOLE:
         return F.linear(x, weight_rows(0, rows), bias)
     y = x.new_empty((*x.shape[:-1], rows))
     for first, last in blocks(rows, columns):
         own = None if bias is None else bias[first:last]
         y[..., first:last] = F.linear(x, weight_rows(first, last), own)
     return y
-
-
-def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that begin with a row of tiles."""
-    count = max(TILE_ROWS, _BLOCK // columns // TILE_ROWS * TILE_ROWS)
-    for first in range(0, rows, count):
-        yield first, min(first + count, rows)

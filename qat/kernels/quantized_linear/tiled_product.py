@@ -51,7 +51,7 @@ def dequantize(weight: TiledWeight, words: Tensor | None, dtype: torch.dtype) ->
 
 
 def in_order(x: Tensor) -> Tensor:
-    """A copy of x in the order of k of `tiles.py`: columns 32 i + 8 t + 4 s + 2 v + w as 32 i + 16 s + 8 v + 2 t + w."""
+    """A copy of x in the order of k of `tiles.py`: column 32 i + 8 t + 4 s + 2 v + w at 32 i + 16 s + 8 v + 2 t + w."""
     tokens, columns = x.shape
     x = F.pad(x, (0, -columns % TILE_COLUMNS)) if columns % TILE_COLUMNS else x
     return x.reshape(tokens, -1, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(tokens, -1).contiguous()

@@ -1,6 +1,7 @@
 """A packed weight as kernels read it, and back."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,27 +12,32 @@ from qat.kernels.quantized_linear.tiles import (
     TILE_ROWS,
     from_tiles,
     rows_of_pairs,
+    tiles_shape,
     to_scale_words,
     to_tiles,
     to_zero_words,
 )
 from qat.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
-from qat.numerics.qtensor import QuantizedTensor
+from qat.numerics.qtensor import QParams, QuantizedTensor
 
 # Entries of a grid table are whole numbers over this.
 GRID = 64
+# Values of a weight that are there at a time.
+_BLOCK = 2**24
 # A table for all rows is stored so many times: see `skinny.tables_of_row`.
 _COPIES = 8
 
 
-class TiledWeight(NamedTuple):
-    """A weight in tile order: what `ops.quantized_linear` multiplies.
+@dataclass(frozen=True, eq=False)
+class TiledWeight:
+    """A weight in tile order: what `quantized_linear` multiplies.
 
     tiles: codes, int32 `[rows of tiles, words]`; see `tiles.py`.
     scale: int32 `[rows of tiles, steps, 8, words]` for groups; float32 `[rows]` where a row has one.
     zero: zero points, int32, laid out as the scales of groups; None where all share `layout.center`.
     table: float32 `[1 or rows, entries]`; None for integers.
+    words: the table as kernels load it, by the dtype of x; see `table_words`.
     """
 
     tiles: Tensor
@@ -39,34 +45,60 @@ class TiledWeight(NamedTuple):
     zero: Tensor | None
     table: Tensor | None
     layout: Layout
+    words: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def words_for(self, dtype: torch.dtype) -> Tensor | None:
+        """The table as kernels load it for x of `dtype`, kept for the next call; None for integers."""
+        if self.table is None:
+            return None
+        if dtype not in self.words:
+            self.words[dtype] = table_words(self.table, self.layout, dtype)
+        return self.words[dtype]
 
 
 def tiled(q: QuantizedTensor) -> TiledWeight | None:
     """`q`, a matrix, in tile order; None where no kernel takes it."""
-    layout = _layout(q)
+    return tiled_by_rows(q.shape, q.qparams, q.format, q.granularity, lambda first, last: q.codes[first:last])
+
+
+def tiled_by_rows(
+    shape: Sequence[int],
+    qparams: QParams,
+    format: Format,
+    granularity: Granularity,
+    codes: Callable[[int, int], Tensor],
+) -> TiledWeight | None:
+    """As `tiled`, of a tensor whose codes are asked for in blocks of rows: codes(first, last)."""
+    layout = _layout(shape, qparams, format, granularity)
     if layout is None:
         return None
-    params, low = q.qparams.for_view(), q.format.code_range[0]
-    rows = layout.rows
-    scale, zero = (_of_rows(param, rows) for param in (params.scale, params.zero_point))
+    params, low = qparams.for_view(), format.code_range[0]
+    scale, zero = (_of_rows(param, layout, granularity) for param in (params.scale, params.zero_point))
     assert scale is not None
-    if not layout.group:
-        own_scale = scale.expand(rows, 1).flatten().contiguous()
-    else:
-        own_scale = to_scale_words(_in_groups(scale, q.granularity, layout), layout.group)
     own_zero = None
     if zero is not None:
-        zero = zero.expand(rows, zero.shape[1]) - low
-        if not bool(((zero >= 0) & (zero < 2 ** min(layout.bits + 3, 8)) & (zero == zero.round())).all()):
+        zero = zero - low
+        if not bool(((zero >= 0) & (zero < min(128, 2**layout.bits) * 2) & (zero == zero.round())).all()):
             return None
-        own_zero = to_zero_words(_in_groups(zero, q.granularity, layout), layout.group or STEP_COLUMNS)
-    table = _table(q, params.codebook)
-    if layout.kind == GRID_TABLE and layout.group:
-        own_scale = to_scale_words(_in_groups(scale / GRID, q.granularity, layout), layout.group)
-    elif layout.kind == GRID_TABLE:
-        own_scale = own_scale / GRID
-    codes = (q.codes.to(torch.int16) - low).to(torch.uint8) if low else q.codes
-    return TiledWeight(to_tiles(codes, layout.bits, layout.tables), own_scale, own_zero, table, layout)
+        own_zero = to_zero_words(zero, layout.group or STEP_COLUMNS)
+    if layout.kind == GRID_TABLE:
+        scale = scale / GRID
+    own_scale = to_scale_words(scale, layout.group) if layout.group else scale.flatten().contiguous()
+    tiles = torch.empty(
+        tiles_shape(layout.rows, layout.columns, layout.bits), dtype=torch.int32, device=own_scale.device
+    )
+    for first, last in blocks(layout.rows, layout.columns):
+        block = codes(first, last)
+        own = (block.to(torch.int16) - low).to(torch.uint8) if low else block
+        to_tiles(own, layout.bits, layout.tables, out=tiles[first // TILE_ROWS : -(-last // TILE_ROWS)])
+    return TiledWeight(tiles, own_scale, own_zero, _table(layout, params.codebook, format, tiles.device), layout)
+
+
+def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that begin with a row of tiles, of so many values as are there at a time."""
+    count = max(TILE_ROWS, _BLOCK // columns // TILE_ROWS * TILE_ROWS)
+    for first in range(0, rows, count):
+        yield first, min(first + count, rows)
 
 
 def codes_of(weight: TiledWeight, format: Format) -> Tensor:
@@ -120,15 +152,14 @@ def table_words(table: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     return words.repeat(_COPIES, 1) if count == 1 else words
 
 
-def _layout(q: QuantizedTensor) -> Layout | None:
-    format, granularity = q.format, q.granularity
-    if q.codes.ndim != 2 or format.block > 1 or q.qparams.offset is not None or not q.codes.numel():
+def _layout(shape: Sequence[int], qparams: QParams, format: Format, granularity: Granularity) -> Layout | None:
+    if len(shape) != 2 or format.block > 1 or qparams.offset is not None or 0 in shape:
         return None
-    rows, columns = q.shape
+    rows, columns = shape
     group = _group(granularity)
     if group is None:
         return None
-    zeros, codebook = q.qparams.zero_point is not None, q.qparams.codebook
+    zeros, codebook = qparams.zero_point is not None, qparams.codebook
     if isinstance(format, IntFormat) and format.bits in (2, 3, 4, 8):
         return Layout(rows, columns, format.bits, INTEGERS, None if zeros else -format.code_range[0], group)
     if zeros:
@@ -158,25 +189,20 @@ def _on_grid(codebook: Tensor) -> bool:
     return bool(((whole == whole.round()) & (whole >= -64) & (whole < 64)).all())
 
 
-def _table(q: QuantizedTensor, codebook: Tensor | None) -> Tensor | None:
-    layout = _layout(q)
-    assert layout is not None
+def _table(layout: Layout, codebook: Tensor | None, format: Format, device: torch.device) -> Tensor | None:
     if not layout.tables:
         return None
     if codebook is None:
-        low, high = q.format.code_range
-        every = torch.arange(low, high + 1, device=q.codes.device).to(q.format.code_dtype)
-        return q.format.decode(every[None])
+        low, high = format.code_range
+        every = torch.arange(low, high + 1, device=device).to(format.code_dtype)
+        return format.decode(every[None])
     return codebook * GRID if layout.kind == GRID_TABLE else codebook
 
 
-def _of_rows(param: Tensor | None, rows: int) -> Tensor | None:
-    """`[groups, 1]` as `[rows or 1, groups of a row]`."""
-    return None if param is None else param.reshape(min(rows, len(param)), -1)
-
-
-def _in_groups(param: Tensor, granularity: Granularity, layout: Layout) -> Tensor:
-    """Params of the groups that kernels know: larger ones are taken apart."""
+def _of_rows(param: Tensor | None, layout: Layout, granularity: Granularity) -> Tensor | None:
+    """`[groups, 1]` as `[rows, groups of a row]`, for the groups that kernels know: larger ones are taken apart."""
+    if param is None:
+        return None
     if not isinstance(granularity, PerGroup):
-        return param
-    return param.repeat_interleave(granularity.group_size // layout.group, dim=1)
+        return param.expand(layout.rows, 1)
+    return param.view(layout.rows, -1).repeat_interleave(granularity.group_size // layout.group, dim=1)

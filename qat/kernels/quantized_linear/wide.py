@@ -114,7 +114,7 @@ def tile_values(
     ONE_TABLE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Values without their scales of rows of tiles `tile` `[ROWS / 16]`, tile k: `[ROWS, 64]` in the tensor core's order.
+    """Values without their scales of rows of tiles `tile` `[ROWS / 16]`, tile k: `[ROWS, 64]` in its order of k.
 
     Dimensions in turn: tile, g, t, then those of the words of a lane, and w, the half of a pair.
     """
