@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qat.kernels.linear import compute_dtype
 from qat.kernels.quantized_linear.ops import quantized_linear, takes
+from qat.kernels.quantized_linear.reference import linear_by_rows
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
 from qat.nn.packed import PackedTensor
 from qat.nn.quantize_grad import quantize_grad
@@ -42,7 +43,20 @@ class PackedLinear(PackedLayer):
         tiled = self.weight.tiled() if takes(x) else None
         if tiled is not None:
             return self.output_quantizer(quantized_linear(x, tiled, self.bias))
+        # Autograd would keep every block, and a compiler unroll them.
+        in_blocks = x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+        if in_blocks and self.weight.rows_are_separate and not torch.compiler.is_compiling():
+            return self.output_quantizer(self._by_rows(x))
         return self.output_quantizer(F.linear(x, self.weight.dequantize(dtype), self.bias))
+
+    def _by_rows(self, x: Tensor) -> Tensor:
+        def rows(first: int, last: int) -> Tensor:
+            if last - first == self.out_features:
+                return self.weight.dequantize(x.dtype)
+            return self.weight.dequantize_rows(torch.arange(first, last), x.dtype)
+
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_by_rows(x, self.out_features, self.in_features, bias, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moved to a GPU, the weight takes the order of kernels: a compiler could not put it there."""

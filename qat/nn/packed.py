@@ -144,24 +144,28 @@ class PackedTensor(KeepsDtype):
         q = self.quantized()
         return ops.dequantize(q.codes, q.qparams, q.format, q.granularity, dtype or self.dtype)
 
-    def dequantize_rows(self, rows: Tensor) -> Tensor:
+    @property
+    def rows_are_separate(self) -> bool:
+        """Whether no group and no byte of codes crosses the borders of rows."""
+        count, columns = codes_shape(self.shape, self.format)
+        whole_bytes = self._tiled is not None or len(self.codes) == count * packed_bytes(columns, self.format.bits)
+        return whole_bytes and isinstance(self.granularity, PerTensor | PerChannel | PerToken | PerGroup)
+
+    def dequantize_rows(self, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The values of `rows` `[n]` of a matrix, `[n, columns]`: the same bits as `dequantize()[rows]`.
 
         Only those rows are unpacked, unless groups or bytes of codes cross the borders of rows.
         """
-        count, columns = codes_shape(self.shape, self.format)
-        row_bytes = packed_bytes(columns, self.format.bits)
-        separate = isinstance(self.granularity, PerTensor | PerChannel | PerToken | PerGroup)
-        whole_bytes = self._tiled is not None or len(self.codes) == count * row_bytes
-        if not separate or not whole_bytes or not len(rows):
-            return self.dequantize().index_select(0, rows)
+        if not self.rows_are_separate or not len(rows):
+            return self.dequantize(dtype).index_select(0, rows)
+        columns = codes_shape(self.shape, self.format)[-1]
         if self._tiled is None:
-            packed = self.codes.view(count, row_bytes).index_select(0, rows)
+            packed = self.codes.view(self.shape[0], -1).index_select(0, rows)
             codes = unpack(packed.view(-1), self.format, (len(rows), columns))
         else:
             codes = self._tiled_rows(self._tiled, rows)
         qparams = QParams(*(self._field_of_rows(name, rows) for name in _FIELDS))  # type: ignore[arg-type]
-        return ops.dequantize(codes, qparams, self.format, self.granularity, self.dtype)
+        return ops.dequantize(codes, qparams, self.format, self.granularity, dtype or self.dtype)
 
     def _tiled_rows(self, weight: TiledWeight, rows: Tensor) -> Tensor:
         """Codes of `rows`, from the rows of tiles that hold them."""

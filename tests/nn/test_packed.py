@@ -91,3 +91,34 @@ def test_a_model_that_moves_takes_its_packed_tensors_along():
     assert (tensor.device.type, tensor.dtype) == ("meta", torch.bfloat16)
     assert {name: t.dtype for name, t in tensor.state_dict().items()} == dtypes
     assert all(t.is_meta for t in tensor.state_dict().values())
+
+
+TILED = {name: QUANTIZERS[name] for name in ("per channel", "per tensor", "codebook for each row", "one codebook")}
+
+
+@pytest.mark.parametrize("factory", TILED.values(), ids=TILED)
+@pytest.mark.parametrize("shape", [SHAPE, (37, 32)], ids=str)
+def test_tile_order_and_back(factory, shape):
+    """Values, rows and the state dict are the same; codes are stored once."""
+    tensor, before = packed_by(factory, shape), packed_by(factory, shape)
+    before.load_state_dict(tensor.state_dict())
+    assert tensor.tiled() is tensor.tiled()
+    assert tensor.codes.numel() == 0
+    assert tensor.memory != before.memory
+    assert torch.equal(tensor.dequantize(), before.dequantize())
+    rows = torch.tensor([5, 23, 5, 0])
+    assert torch.equal(tensor.dequantize_rows(rows), before.dequantize()[rows])
+    found = tensor.state_dict()
+    assert found.keys() == before.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in before.state_dict().items())
+    tensor.tiled()
+    assert torch.equal(tensor.to(torch.bfloat16).codes, before.codes)
+    tensor.tiled()
+    tensor.load_state_dict(before.state_dict())
+    assert torch.equal(tensor.codes, before.codes)
+
+
+def test_what_has_no_tile_order_stays_as_it_is():
+    tensor = packed_by(QUANTIZERS["per group"])
+    assert tensor.tiled() is None
+    assert tensor.codes.numel() > 0

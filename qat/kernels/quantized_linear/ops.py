@@ -112,7 +112,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_bias = ctx.needs_input_grad[:2]
     dx = _gradient_of(dy, *ctx.saved_tensors, *ctx.layout) if need_x else None
-    dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
     return dx, dbias, *[None] * 11
 
 

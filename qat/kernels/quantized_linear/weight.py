@@ -23,8 +23,8 @@ from qat.numerics.qtensor import QParams, QuantizedTensor
 
 # Entries of a grid table are whole numbers over this.
 GRID = 64
-# Values of a weight that are there at a time.
-_BLOCK = 2**24
+# Values of a weight that are there at a time: on a CPU they stay in its cache, on a GPU they bound the temporaries.
+_CPU_BLOCK, _GPU_BLOCK = 2**21, 2**24
 # A table for all rows is stored so many times: see `skinny.tables_of_row`.
 _COPIES = 8
 
@@ -87,16 +87,17 @@ def tiled_by_rows(
     tiles = torch.empty(
         tiles_shape(layout.rows, layout.columns, layout.bits), dtype=torch.int32, device=own_scale.device
     )
-    for first, last in blocks(layout.rows, layout.columns):
+    for first, last in blocks(layout.rows, layout.columns, tiles.device):
         block = codes(first, last)
         own = (block.to(torch.int16) - low).to(torch.uint8) if low else block
         to_tiles(own, layout.bits, layout.tables, out=tiles[first // TILE_ROWS : -(-last // TILE_ROWS)])
     return TiledWeight(tiles, own_scale, own_zero, _table(layout, params.codebook, format, tiles.device), layout)
 
 
-def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that begin with a row of tiles, of so many values as are there at a time."""
-    count = max(TILE_ROWS, _BLOCK // columns // TILE_ROWS * TILE_ROWS)
+def blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that begin with a row of tiles, of as many values as shall be there at a time."""
+    values = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+    count = max(TILE_ROWS, values // columns // TILE_ROWS * TILE_ROWS)
     for first in range(0, rows, count):
         yield first, min(first + count, rows)
 
