@@ -88,9 +88,12 @@ def tables_of_row(table, tile, g, e, TABLE_WORDS: tl.constexpr, ONE_TABLE: tl.co
     copied from there again and again.
     """
     if ONE_TABLE:
-        return quadruples(table + g * TABLE_WORDS, e, True, TABLE_WORDS, False)
-    own = table + (tile * 16 + g) * TABLE_WORDS
-    return quadruples(own, e, True, TABLE_WORDS, False) + quadruples(own + 8 * TABLE_WORDS, e, True, TABLE_WORDS, False)
+        found = quadruples(table + g * TABLE_WORDS, e, True, TABLE_WORDS, False)
+    else:
+        own = table + (tile * 16 + g) * TABLE_WORDS
+        found = quadruples(own, e, True, TABLE_WORDS, False)
+        found = found + quadruples(own + 8 * TABLE_WORDS, e, True, TABLE_WORDS, False)
+    return found
 
 
 @triton.jit

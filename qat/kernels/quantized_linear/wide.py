@@ -32,9 +32,10 @@ def _pair_halves(pairs, like):
 def _plain(codes, values, row, CENTER: tl.constexpr, ENTRIES: tl.constexpr, ONE_TABLE: tl.constexpr):
     """What codes stand for, without assembly: for the interpreter."""
     if ENTRIES == 0:
-        return (codes - CENTER).to(values.dtype.element_ty)
-    own = codes if ONE_TABLE else row * ENTRIES + codes
-    return tl.load(values + own)
+        found = (codes - CENTER).to(values.dtype.element_ty)
+    else:
+        found = tl.load(values + (codes if ONE_TABLE else row * ENTRIES + codes))
+    return found
 
 
 @triton.jit
@@ -65,33 +66,25 @@ def _pairs(
         )
         for i in tl.static_range(count):
             found = found + (_pair_halves(words[i], like),)
-        return found
-    for i in tl.static_range(count):
-        first = _code(low, high, second, i, 0, BITS, ENTRIES != 0)
-        other = _code(low, high, second, i, 1, BITS, ENTRIES != 0)
-        own = row + i % 2 * 8
-        found = found + (
-            tl.join(
-                _plain(first, values, own, CENTER, ENTRIES, ONE_TABLE),
-                _plain(other, values, own, CENTER, ENTRIES, ONE_TABLE),
-            ),
-        )
+    else:
+        for i in tl.static_range(count):
+            first = _code(low, high, second, i, 0, BITS, ENTRIES != 0)
+            other = _code(low, high, second, i, 1, BITS, ENTRIES != 0)
+            first = _plain(first, values, row + i % 2 * 8, CENTER, ENTRIES, ONE_TABLE)
+            other = _plain(other, values, row + i % 2 * 8, CENTER, ENTRIES, ONE_TABLE)
+            found = found + (tl.join(first, other),)
     return found
 
 
 @triton.jit
 def _code(low, high, second, i: tl.constexpr, w: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr):
     """The code of half w of pair i; see `tiles._Plane.bit`."""
-    if BITS == 8:
-        return (low >> (8 * i + 16 * w)) & 0xFF
     h: tl.constexpr = i % 2
     e: tl.constexpr = i % 4 // 2 * 2 + w
-    if BITS == 4:
-        at: tl.constexpr = 16 * h + 4 * e if TABLES else 4 * i + 16 * w
-        return (low >> at) & 15
     s: tl.constexpr = i // 4
-    place: tl.constexpr = 16 * h + 4 * e + 2 * s if TABLES else 2 * i + 16 * w
-    code = (low >> place) & 3
+    width: tl.constexpr = 2 if BITS == 3 else BITS
+    place: tl.constexpr = 16 * h + 4 * e + 2 * s if TABLES else width * i + 16 * w
+    code = (low >> place) & (2**width - 1)
     if BITS == 3:
         top: tl.constexpr = 4 * (4 * h + e) + 2 - 2 * s if TABLES else (2 * i + 2) % 16 + 16 * w
         code = code | ((high >> (top + second)) & 1) << 2
@@ -122,28 +115,31 @@ def tile_values(
     base = codes + (tile * (CHUNKS * 128))[:, None, None, None]
     lane = (tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :])[None, :, :, None]
     row = (tile * 16)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
-    if BITS == 8:  # words: q div 2, q mod 2, v
-        word = tl.arange(0, 8)[None, None, None, :]
-        low = tl.load(base + (2 * k + word // 4) * 128 + lane * 4 + word % 4)
-        a0, a1 = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        both = tl.reshape(tl.join(a0, a1), [high_tile, 8, 4, 4, 2, 2, 2])  # tile g t q v w h
-        return tl.reshape(tl.permute(both, (0, 6, 1, 3, 4, 2, 5)), [ROWS, 64])
-    if BITS == 4:
-        low = tl.load(base + k * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
-        a0, a1, a2, a3 = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+    if BITS == 8:  # words: q mod 2, v; a chunk for each q div 2
+        at = base + 2 * k * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :]
+        low, high = tl.load(at), tl.load(at + 128)
+        a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+        b = _pairs(high, high, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+        both = tl.join(tl.join(a[0], b[0]), tl.join(a[1], b[1]))
+        both = tl.reshape(both, [high_tile, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q mod 2, v w, q div 2, h
+        w = tl.permute(both, (0, 7, 1, 6, 3, 4, 2, 5))
     else:
-        half = tl.arange(0, 2)[None, None, None, :]
-        unit = k // 2 if BITS == 2 else k // 4 * 3 + k % 4 // 2
-        low = tl.load(base + unit * 128 + lane * 4 + k % 2 * 2 + half)
-        high = low
-        if BITS == 3:
-            high = tl.load(base + (k // 4 * 3 + 2) * 128 + lane * 4 + k % 4 + half * 0)
-        a0, a1, a2, a3, b0, b1, b2, b3 = _pairs(
-            low, high, tables, values, row, half, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE
-        )
-        a0, a1, a2, a3 = _q(a0, b0, high_tile), _q(a1, b1, high_tile), _q(a2, b2, high_tile), _q(a3, b3, high_tile)
-    both = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # tile g t q w v h
-    return tl.reshape(tl.permute(both, (0, 6, 1, 3, 5, 2, 4)), [ROWS, 64])
+        if BITS == 4:
+            low = tl.load(base + k * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
+            a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+        else:
+            half = tl.arange(0, 2)[None, None, None, :]
+            unit = k // 2 if BITS == 2 else k // 4 * 3 + k % 4 // 2
+            low = tl.load(base + unit * 128 + lane * 4 + k % 2 * 2 + half)
+            high = low
+            if BITS == 3:
+                high = tl.load(base + (k // 4 * 3 + 2) * 128 + lane * 4 + k % 4 + half * 0)
+            b = _pairs(low, high, tables, values, row, half, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+            a = (_q(b[0], b[4], high_tile), _q(b[1], b[5], high_tile))
+            a = a + (_q(b[2], b[6], high_tile), _q(b[3], b[7], high_tile))
+        both = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))  # tile g t q w v h
+        w = tl.permute(both, (0, 6, 1, 3, 5, 2, 4))
+    return tl.reshape(w, [ROWS, 64])
 
 
 @triton.jit
@@ -158,8 +154,10 @@ def _of_group(words, row, step, group, STEPS: tl.constexpr, WORDS: tl.constexpr,
     at = words + (row // 16 * (STEPS * 8) + step * 8 + row % 8) * WORDS
     half = row % 16 // 8
     if WIDE:
-        return tl.load(at + 2 * group + half)
-    return tl.load(at + group) >> (half * 16)
+        bits = tl.load(at + 2 * group + half)
+    else:
+        bits = tl.load(at + group) >> (half * 16)
+    return bits
 
 
 @triton.jit
@@ -181,26 +179,23 @@ def scaled(
         if ZERO_WORDS:
             z = _of_group(zero, row, 0, 0, 1, 1, False) & 0xFFFF
             w = w - z.to(tl.float32).to(like)[:, None]
-        return w
-    parts: tl.constexpr = 2 if GROUP == 32 else 1
-    part = tl.arange(0, parts)[None, :]
-    group = (k % 4 * 64 // GROUP) + part
-    tall = row[:, None]
-    w = tl.reshape(w, [ROWS, parts, 64 // parts])
-    if ZERO_WORDS:
-        z = _of_group(zero, tall, k // 4, group, STEPS, ZERO_WORDS, False) & 0xFFFF
-        w = w - z.to(tl.float32).to(like)[:, :, None]
-    wide: tl.constexpr = SCALE_WORDS * GROUP != 256
-    bits = _of_group(scale, tall, k // 4, group, STEPS, SCALE_WORDS, wide)
-    if wide:
-        s = bits.to(tl.float32, bitcast=True)
     else:
-        s = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    if like == tl.float16:  # which does not hold the smallest scales
-        w = (w.to(tl.float32) * s.to(tl.float32)[:, :, None]).to(like)
-    else:
-        w = w * s.to(like)[:, :, None]
-    return tl.reshape(w, [ROWS, 64])
+        parts: tl.constexpr = 2 if GROUP == 32 else 1
+        group = (k % 4 * 64 // GROUP) + tl.arange(0, parts)[None, :]
+        tall = row[:, None]
+        w = tl.reshape(w, [ROWS, parts, 64 // parts])
+        if ZERO_WORDS:
+            z = _of_group(zero, tall, k // 4, group, STEPS, ZERO_WORDS, False) & 0xFFFF
+            w = w - z.to(tl.float32).to(like)[:, :, None]
+        wide: tl.constexpr = SCALE_WORDS * GROUP != 256
+        bits = _of_group(scale, tall, k // 4, group, STEPS, SCALE_WORDS, wide)
+        s = bits.to(tl.float32, bitcast=True) if wide else bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        if like == tl.float16:  # which does not hold the smallest scales
+            w = (w.to(tl.float32) * s.to(tl.float32)[:, :, None]).to(like)
+        else:
+            w = w * s.to(like)[:, :, None]
+        w = tl.reshape(w, [ROWS, 64])
+    return w
 
 
 @triton.jit
