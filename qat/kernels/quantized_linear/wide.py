@@ -109,43 +109,40 @@ def tile_values(
 ):
     """Values without their scales of rows of tiles `tile` `[ROWS / 16]`, tile k: `[ROWS, 64]` in its order of k.
 
-    Dimensions in turn: tile, g, t, then those of the words of a lane, and w, the half of a pair.
+    Words are loaded as `[tiles, words of 32 lanes]`, so that the compiler gives a lane those that are its own, and the
+    lanes of a warp a tile: then nothing has to move before the tensor core takes it.
     """
-    high_tile: tl.constexpr = ROWS // 16
-    base = codes + (tile * (CHUNKS * 128))[:, None, None, None]
-    lane = (tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :])[None, :, :, None]
-    row = (tile * 16)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
+    tiles: tl.constexpr = ROWS // 16
+    each: tl.constexpr = 2 if BITS <= 3 else 4
+    word = tl.arange(0, 32 * each)[None, :]
+    own = word // each * 4 + word % each  # of the lane's four words of a chunk, the first `each`
+    row = tile[:, None] * 16 + word // (4 * each)
+    base = codes + (tile * (CHUNKS * 128))[:, None]
     if BITS == 8:  # words: q mod 2, v; a chunk for each q div 2
-        at = base + 2 * k * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :]
-        low, high = tl.load(at), tl.load(at + 128)
+        low, high = tl.load(base + 2 * k * 128 + own), tl.load(base + 2 * k * 128 + 128 + own)
         a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
         b = _pairs(high, high, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
         both = tl.join(tl.join(a[0], b[0]), tl.join(a[1], b[1]))
-        both = tl.reshape(both, [high_tile, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q mod 2, v w, q div 2, h
+        both = tl.reshape(both, [tiles, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q mod 2, v w, q div 2, h
         w = tl.permute(both, (0, 7, 1, 6, 3, 4, 2, 5))
-    else:
-        if BITS == 4:
-            low = tl.load(base + k * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
-            a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        else:
-            half = tl.arange(0, 2)[None, None, None, :]
-            unit = k // 2 if BITS == 2 else k // 4 * 3 + k % 4 // 2
-            low = tl.load(base + unit * 128 + lane * 4 + k % 2 * 2 + half)
-            high = low
-            if BITS == 3:
-                high = tl.load(base + (k // 4 * 3 + 2) * 128 + lane * 4 + k % 4 + half * 0)
-            b = _pairs(low, high, tables, values, row, half, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-            a = (_q(b[0], b[4], high_tile), _q(b[1], b[5], high_tile))
-            a = a + (_q(b[2], b[6], high_tile), _q(b[3], b[7], high_tile))
-        both = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))  # tile g t q w v h
+    elif BITS == 4:  # words: q
+        low = tl.load(base + k * 128 + own)
+        a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+        both = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
+        both = tl.reshape(both, [tiles, 8, 4, 4, 2, 2, 2])  # tile g t q w v h
         w = tl.permute(both, (0, 6, 1, 3, 5, 2, 4))
+    else:  # words: q div 2
+        unit = k // 2 if BITS == 2 else k // 4 * 3 + k % 4 // 2
+        low = tl.load(base + unit * 128 + k % 2 * 2 + own)
+        high = low
+        if BITS == 3:
+            high = tl.load(base + (k // 4 * 3 + 2) * 128 + k % 4 + word // each * 4)
+        a = _pairs(low, high, tables, values, row, word % each, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
+        first = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
+        second = tl.join(tl.join(a[4], a[6]), tl.join(a[5], a[7]))
+        both = tl.reshape(tl.join(first, second), [tiles, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q div 2, w v h, q mod 2
+        w = tl.permute(both, (0, 6, 1, 3, 7, 5, 2, 4))
     return tl.reshape(w, [ROWS, 64])
-
-
-@triton.jit
-def _q(first, second, tiles: tl.constexpr):
-    """Pairs of the first and of the second instruction that share a word `[tiles, 8, 4, 2, 2]`, by q `[..., 4, 2]`."""
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 1, 2, 3, 5, 4)), [tiles, 8, 4, 4, 2])
 
 
 @triton.jit
@@ -158,6 +155,34 @@ def _of_group(words, row, step, group, STEPS: tl.constexpr, WORDS: tl.constexpr,
     else:
         bits = tl.load(at + group) >> (half * 16)
     return bits
+
+
+@triton.jit
+def _of_groups(
+    w,
+    scale,
+    zero,
+    row,
+    k,
+    group,
+    STEPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE_WORDS: tl.constexpr,
+    ZERO_WORDS: tl.constexpr,
+):
+    """(w - zero point) * scale, for rows and groups that are the dimensions of w but the last."""
+    like: tl.constexpr = w.dtype
+    if ZERO_WORDS:
+        z = _of_group(zero, row, k // 4, group, STEPS, ZERO_WORDS, False) & 0xFFFF
+        w = w - tl.expand_dims(z.to(tl.float32).to(like), -1)
+    wide: tl.constexpr = SCALE_WORDS * GROUP != 256
+    bits = _of_group(scale, row, k // 4, group, STEPS, SCALE_WORDS, wide)
+    s = bits.to(tl.float32, bitcast=True) if wide else bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if like == tl.float16:  # which does not hold the smallest scales
+        w = (w.to(tl.float32) * tl.expand_dims(s.to(tl.float32), -1)).to(like)
+    else:
+        w = w * tl.expand_dims(s.to(like), -1)
+    return w
 
 
 @triton.jit
@@ -179,32 +204,27 @@ def scaled(
         if ZERO_WORDS:
             z = _of_group(zero, row, 0, 0, 1, 1, False) & 0xFFFF
             w = w - z.to(tl.float32).to(like)[:, None]
+    elif GROUP == 32:
+        group = k % 4 * 2 + tl.arange(0, 2)[None, :]
+        halves = tl.reshape(w, [ROWS, 2, 32])
+        halves = _of_groups(halves, scale, zero, row[:, None], k, group, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS)
+        w = tl.reshape(halves, [ROWS, 64])
     else:
-        parts: tl.constexpr = 2 if GROUP == 32 else 1
-        group = (k % 4 * 64 // GROUP) + tl.arange(0, parts)[None, :]
-        tall = row[:, None]
-        w = tl.reshape(w, [ROWS, parts, 64 // parts])
-        if ZERO_WORDS:
-            z = _of_group(zero, tall, k // 4, group, STEPS, ZERO_WORDS, False) & 0xFFFF
-            w = w - z.to(tl.float32).to(like)[:, :, None]
-        wide: tl.constexpr = SCALE_WORDS * GROUP != 256
-        bits = _of_group(scale, tall, k // 4, group, STEPS, SCALE_WORDS, wide)
-        s = bits.to(tl.float32, bitcast=True) if wide else bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        if like == tl.float16:  # which does not hold the smallest scales
-            w = (w.to(tl.float32) * s.to(tl.float32)[:, :, None]).to(like)
-        else:
-            w = w * s.to(like)[:, :, None]
-        w = tl.reshape(w, [ROWS, 64])
+        group = k % 4 * 64 // GROUP
+        w = _of_groups(w, scale, zero, row, k, group, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS)
     return w
 
 
 @triton.jit
-def tables_of_tiles(table, tile, TABLE_WORDS: tl.constexpr, USED: tl.constexpr, ONE_TABLE: tl.constexpr):
-    """Words of tables of rows g, and where rows have their own, of rows g + 8: each `[tiles, 8, 1, 1]`."""
-    g = tl.arange(0, 8)[None, :, None, None]
+def tables_of_tiles(
+    table, tile, BITS: tl.constexpr, TABLE_WORDS: tl.constexpr, USED: tl.constexpr, ONE_TABLE: tl.constexpr
+):
+    """Words of tables of rows g, and where rows have their own, of rows g + 8: each shaped as the words of codes."""
+    each: tl.constexpr = 2 if BITS <= 3 else 4
+    g = tl.arange(0, 32 * each)[None, :] // (4 * each)
     found = ()
     for row in tl.static_range(1 if ONE_TABLE else 2):
-        own = g if ONE_TABLE else tile[:, None, None, None] * 16 + g + 8 * row
+        own = g + tile[:, None] * 0 if ONE_TABLE else tile[:, None] * 16 + g + 8 * row
         for word in tl.static_range(USED):
             found = found + (tl.load(table + own * TABLE_WORDS + word),)
     return found
@@ -259,7 +279,7 @@ def wide(
     token = block * TOKENS + tl.arange(0, TOKENS)
     tables = ()
     if TEXT != "" and TABLE_USED > 0:
-        tables = tables_of_tiles(table, tile, TABLE_WORDS, TABLE_USED, ONE_TABLE)
+        tables = tables_of_tiles(table, tile, BITS, TABLE_WORDS, TABLE_USED, ONE_TABLE)
     each: tl.constexpr = (COLUMNS // 64 + SPLITS - 1) // SPLITS
     column = tl.arange(0, 64)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -348,7 +368,7 @@ def dequantize(
     row = tl.minimum(own_rows * ROWS + tl.arange(0, ROWS), tile_rows * 16 - 1)
     tables = ()
     if TEXT != "" and TABLE_USED > 0:
-        tables = tables_of_tiles(table, tile, TABLE_WORDS, TABLE_USED, ONE_TABLE)
+        tables = tables_of_tiles(table, tile, BITS, TABLE_WORDS, TABLE_USED, ONE_TABLE)
     own = tile_values(codes, tables, values, tile, k, TEXT, CONSTRAINTS, BITS, CHUNKS, CENTER, ENTRIES, ONE_TABLE, ROWS)
     own = scaled(own, scale, zero, row, k, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS, ROWS)
     # Columns as 16 q + 8 v + 2 t + w become 32 (q div 2) + 8 t + 4 (q mod 2) + 2 v + w.
