@@ -31,7 +31,7 @@ from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.record import record
 from qat.kernels.quantized_linear import choice as choices
 from qat.kernels.quantized_linear import ops, reference
-from qat.kernels.quantized_linear.choice import Choice, Dequantize, Skinny, Wide
+from qat.kernels.quantized_linear.choice import Choice, Dequantize, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.weight import TiledWeight, tiled
 from qat.numerics.codebooks import NF4
 from qat.numerics.formats import parse_format
@@ -240,6 +240,7 @@ def candidates(tokens: int) -> Iterator[Choice]:
             for registers in (96, 128, 168, 255):
                 if registers * warps * 32 <= 65536:
                     yield from (Skinny(warps, warps_k, registers, ahead) for ahead in (False, True))
+                    yield from (Ring(warps, warps_k, registers, stages) for stages in (2, 3, 4))
     if 8 < tokens <= 512:
         for splits in (1, 2, 4):
             for wide in (16, 32, 64, 128):

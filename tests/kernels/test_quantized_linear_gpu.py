@@ -7,7 +7,7 @@ import qat
 from qat.kernels import dispatch
 from qat.kernels.quantized_linear import choice as choices
 from qat.kernels.quantized_linear import ops
-from qat.kernels.quantized_linear.choice import Dequantize, Skinny, Wide
+from qat.kernels.quantized_linear.choice import Dequantize, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.weight import tiled
 from qat.nn import PackedTensor
 from tests.conftest import tiny_llama
@@ -21,6 +21,8 @@ WAYS = {
     "skinny, x ahead": Skinny(4, 2, 255, True),
     "skinny, a warp": Skinny(1, 1),
     "skinny, eight warps": Skinny(8, 8, 128),
+    "ring": Ring(4, 4),
+    "ring, three slots": Ring(2, 1, 168, 3),
     "wide": Wide(64, 16),
     "wide, split": Wide(64, 64, 4),
     "matrix": Dequantize(),
@@ -71,7 +73,9 @@ def test_sizes_that_are_no_multiples(kind, shape, how, way):
     check(q, x, bias, ops.quantized_linear(x, tiled(q), bias))
 
 
-@pytest.mark.parametrize("how", [Skinny(4, 4), Wide(64, 16), Dequantize()], ids=lambda how: type(how).__name__)
+@pytest.mark.parametrize(
+    "how", [Skinny(4, 4), Ring(4, 4), Wide(64, 16), Dequantize()], ids=lambda how: type(how).__name__
+)
 @pytest.mark.parametrize("columns", [33, 1001])
 def test_columns_that_16_bytes_do_not_divide(columns, how, way):
     way(how)
@@ -108,7 +112,9 @@ def test_every_element_is_written_and_twice_the_same(how, way, monkeypatch):
         assert torch.equal(ops.quantized_linear(x, weight, bias), first)
 
 
-@pytest.mark.parametrize("how", [Skinny(4, 4), Wide(64, 16), Dequantize()], ids=lambda how: type(how).__name__)
+@pytest.mark.parametrize(
+    "how", [Skinny(4, 4), Ring(4, 4), Wide(64, 16), Dequantize()], ids=lambda how: type(how).__name__
+)
 def test_x_need_not_be_contiguous(how, way):
     way(how)
     q, _, _ = case(KINDS[0], (64, 512), 1, torch.bfloat16)

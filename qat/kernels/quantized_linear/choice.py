@@ -24,6 +24,15 @@ class Skinny(NamedTuple):
     ahead_x: bool = False
 
 
+class Ring(NamedTuple):
+    """`ring.py`: as `Skinny`; `stages` steps are on their way."""
+
+    warps: int = 4
+    warps_k: int = 4
+    registers: int = 128
+    stages: int = 2
+
+
 class Wide(NamedTuple):
     """`wide.py`: rows and tokens of a tile, parts of the columns with programs of their own, stages of the pipeline."""
 
@@ -37,7 +46,7 @@ class Dequantize(NamedTuple):
     """The weight as a matrix, in memory that all layers share, and cuBLAS."""
 
 
-Choice = Skinny | Wide | Dequantize
+Choice = Skinny | Ring | Wide | Dequantize
 
 # (rows, columns, bits, kind) -> ((up to so many tokens, choice), ...). Not measured yet.
 MEASURED: dict[tuple[int, int, int, str], tuple[tuple[int, Choice], ...]] = {}
@@ -52,16 +61,29 @@ def choice(layout: Layout, tokens: int) -> Choice:
 
 
 def rule(layout: Layout, tokens: int) -> Choice:
-    """Skinny up to 16 tokens, where its registers suffice; then tiles of 64 rows, split until all processors work."""
+    """Up to 16 tokens a kernel that streams the weight; then tiles of 64 rows, split until all processors work."""
     steps = -(-layout.columns // 256)
     if tokens <= 16:
-        warps_k = 8 if steps >= 48 else 4 if steps >= 4 else 2 if steps >= 2 else 1
-        return Skinny(max(4, warps_k), warps_k, 168 if tokens <= 8 else 255, tokens <= 8)
+        return _streams(layout, tokens, steps)
     if tokens < _DEQUANTIZE_FROM:
-        wide = 16 * -(-min(tokens, 64) // 16)
         programs = -(-layout.rows // 64) * -(-tokens // 64)
         splits = 1
         while splits < 4 and programs * splits < _PROCESSORS and steps >= 4 * splits:
             splits *= 2
-        return Wide(64, 16 if wide <= 16 else 32 if wide <= 32 else 64, splits)
+        return Wide(64, 32 if tokens <= 32 else 64, splits)
     return Dequantize()
+
+
+def _streams(layout: Layout, tokens: int, steps: int) -> Skinny | Ring:
+    """A ring where there is much to stream; a small weight is over before it is full."""
+    warps_k = 4 if steps >= 4 else 2 if steps >= 2 else 1
+    large = layout.rows * steps >= 4 * _PROCESSORS * 16 * 16
+    if large and _fits_ring(layout):
+        return Ring(4, warps_k, 128 if tokens <= 8 else 168)
+    return Skinny(4, warps_k, 168 if tokens <= 8 else 255, False)
+
+
+def _fits_ring(layout: Layout) -> bool:
+    """Whether four warps' two slots fit 44 KiB with float32 scales and zero points."""
+    params = {0: 0, 128: 2, 64: 3, 32: 6}[layout.group]
+    return 4 * 2 * 512 * (layout.bits + params) <= 44 * 1024

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from qat.kernels import dispatch
 from qat.kernels.dispatch import operator
 from qat.kernels.quantized_linear import reference
-from qat.kernels.quantized_linear.choice import Skinny, Wide, choice
+from qat.kernels.quantized_linear.choice import Ring, Skinny, Wide, choice
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.weight import TiledWeight
 
@@ -63,7 +63,7 @@ def _product(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor 
     from qat.kernels.quantized_linear import skinny, tiled_product
 
     how = choice(weight.layout, len(x))
-    if isinstance(how, Skinny):
+    if isinstance(how, Skinny | Ring):
         return skinny.run(x, weight, words, bias, how)
     if isinstance(how, Wide):
         return tiled_product.run(x, weight, words, bias, how)

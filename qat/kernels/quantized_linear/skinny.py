@@ -15,6 +15,7 @@ registers; a bound of its own on registers (`maxnreg`) keeps it from that. The a
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -23,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qat.kernels.launch import KEPT, Launch
-from qat.kernels.quantized_linear.choice import Skinny
+from qat.kernels.quantized_linear.choice import Ring, Skinny
 from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16
 from qat.kernels.quantized_linear.layout import Layout
-from qat.kernels.quantized_linear.step import step, words_of_scales
+from qat.kernels.quantized_linear.step import step, words_of_scales, words_of_zeros
 from qat.kernels.quantized_linear.tiles import STEP_COLUMNS, TILE_ROWS, chunks_of_row
 from qat.kernels.quantized_linear.weight import TiledWeight
 
@@ -244,7 +245,7 @@ def _scales(
     return found
 
 
-def run(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | None, how: Skinny) -> Tensor:
+def run(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | None, how: Skinny | Ring) -> Tensor:
     """`[tokens, rows]` of x `[tokens, columns]`, both bfloat16 or float16; up to 32 tokens.
 
     Args:
@@ -286,13 +287,19 @@ def _ready(
     has_bias: bool,
     tokens: int,
     stride: int,
-    how: Skinny,
+    how: Skinny | Ring,
 ) -> Launch:
     tall = how.warps // how.warps_k
     tile_rows = -(-layout.rows // TILE_ROWS)
+    kernel: Any = skinny
     constants = constants_of(layout, dtype, wide_scales, one_table, has_bias, -(-tokens // TOKENS), how)
+    if isinstance(how, Ring):
+        from qat.kernels.quantized_linear import ring
+
+        kernel, constants = ring.ring, constants | ring.constants_of(layout, wide_scales, how)
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     numbers = (tokens, layout.rows, tile_rows, stride)
-    return Launch(skinny, -(-tile_rows // tall), numbers, constants, how.warps, maxnreg=how.registers)
+    return Launch(kernel, -(-tile_rows // tall), numbers, constants, how.warps, maxnreg=how.registers)
 
 
 def constants_of(
@@ -302,12 +309,11 @@ def constants_of(
     one_table: bool,
     has_bias: bool,
     token_tiles: int,
-    how: Skinny,
-) -> dict[str, object]:
+    how: Skinny | Ring,
+) -> dict[str, Any]:
     """Compile-time constants of `skinny`."""
     real = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
-    assembly = step(layout, real, token_tiles, wide_scales, one_table, None)
-    groups = STEP_COLUMNS // layout.group if layout.group else 1
+    assembly = step(layout, real, token_tiles, wide_scales, one_table, isinstance(how, Ring))
     return {
         "TEXT": assembly.text,
         "CONSTRAINTS": assembly.constraints,
@@ -316,7 +322,7 @@ def constants_of(
         "WORDS": -(-layout.columns // 8) * 4,
         "STEPS": -(-layout.columns // STEP_COLUMNS),
         "SCALE_WORDS": words_of_scales(layout, wide_scales),
-        "ZERO_WORDS": groups if layout.has_zeros else 0,
+        "ZERO_WORDS": words_of_zeros(layout),
         "TABLE_WORDS": layout.table_words,
         "ONE_TABLE": one_table,
         "HAS_BIAS": has_bias,
@@ -324,5 +330,5 @@ def constants_of(
         "WARPS": how.warps,
         "WARPS_K": how.warps_k,
         "EVEN": layout.columns % (STEP_COLUMNS * how.warps_k) == 0,
-        "AHEAD_X": how.ahead_x,
+        "AHEAD_X": isinstance(how, Skinny) and how.ahead_x,
     }

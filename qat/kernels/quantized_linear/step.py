@@ -17,7 +17,7 @@ from typing import NamedTuple
 from qat.kernels.quantized_linear import decode
 from qat.kernels.quantized_linear.decode import Offsets, Real, Table
 from qat.kernels.quantized_linear.layout import GRID_TABLE, Layout
-from qat.kernels.quantized_linear.tiles import STEP_COLUMNS, TILE_COLUMNS
+from qat.kernels.quantized_linear.tiles import CHUNK, STEP_COLUMNS, TILE_COLUMNS
 
 _TILES = STEP_COLUMNS // TILE_COLUMNS
 
@@ -44,7 +44,7 @@ class _Operands:
 
 @lru_cache
 def step(
-    layout: Layout, real: Real, token_tiles: int, wide_scales: bool, one_table: bool, ring: int | None
+    layout: Layout, real: Real, token_tiles: int, wide_scales: bool, one_table: bool, ring: bool = False
 ) -> Assembly:
     """The totals after a step of a warp.
 
@@ -56,22 +56,30 @@ def step(
         token_tiles: tiles of 8 tokens, the columns of the tensor core's result.
         wide_scales: whether scales are float32, a word each, else two bfloat16 a word.
         one_table: whether all rows have the same table; else there is one for row g and then one for row g + 8.
-        ring: None where chunks are operands; else the bytes of a chunk, and what stands in their place is one tensor
-            with the address of the lane's 16 bytes of the first chunk in shared memory.
+        ring: whether codes, scales and zero points are no operands but in shared memory; in their place is one tensor
+            with the address of the lane's 16 bytes of the first chunk. Others follow it, 512 bytes apart.
     """
     operands = _Operands()
     totals = [operands.four("=&f") for _ in range(token_tiles)]
     before = [operands.four("f") for _ in range(token_tiles)]
     lines = ["{", ".reg .f32 none, scale_g, scale_h;", "mov.f32 none, 0f00000000;"]
     lines += [".reg .b32 a0, a1, a2, a3, a4, a5, a6, a7, s0, s1;"]
-    if ring is None:
-        chunks = [operands.four() for _ in range(layout.bits)]
-    else:
-        chunks, loads = _from_ring(operands.four()[0], layout.bits, ring)
-        lines += loads
+    scale_words, zero_words = words_of_scales(layout, wide_scales), words_of_zeros(layout)
+    address = operands.four()[0] if ring else ""
+    chunks = [] if ring else [operands.four() for _ in range(layout.bits)]
     x = [[operands.four() + operands.four() for _ in range(token_tiles)] for _ in range(_TILES)]
-    scales = _quadruples(operands, words_of_scales(layout, wide_scales))
-    zeros = _quadruples(operands, STEP_COLUMNS // layout.group if layout.group else 1) if layout.has_zeros else []
+    if ring:
+        names, loads = _from_ring(
+            address, layout.bits + -(-scale_words // 4) + -(-zero_words // 4) * bool(layout.group)
+        )
+        lines += loads
+        chunks, rest = names[: layout.bits], names[layout.bits :]
+        scales = [name for four in rest[: -(-scale_words // 4)] for name in four]
+        zeros = [name for four in rest[-(-scale_words // 4) :] for name in four]
+        if zero_words and not layout.group:
+            zeros = operands.four()
+    else:
+        scales, zeros = _quadruples(operands, scale_words), _quadruples(operands, zero_words)
     tables = [_table(layout, operands) for _ in range(1 if one_table else 2)] if layout.tables else []
     for total, old in zip(totals, before, strict=True):
         lines += [f"mov.f32 {to}, {of};" for to, of in zip(total, old, strict=True)]
@@ -104,18 +112,23 @@ def words_of_scales(layout: Layout, wide_scales: bool) -> int:
     return STEP_COLUMNS // layout.group * (2 if wide_scales else 1) if layout.group else 0
 
 
+def words_of_zeros(layout: Layout) -> int:
+    """Words of zero points that a lane needs for a step, or for a row that has one."""
+    return (STEP_COLUMNS // layout.group if layout.group else 1) if layout.has_zeros else 0
+
+
 def _quadruples(operands: _Operands, words: int) -> list[str]:
     """Registers of `words` words; fewer than four are repeated by who loads them."""
     return [name for _ in range(-(-words // 4)) for name in operands.four()]
 
 
-def _from_ring(address: str, count: int, bytes_each: int) -> tuple[list[list[str]], list[str]]:
-    chunks = [[f"w{chunk}_{i}" for i in range(4)] for chunk in range(count)]
+def _from_ring(address: str, count: int) -> tuple[list[list[str]], list[str]]:
+    quadruples = [[f"w{chunk}_{i}" for i in range(4)] for chunk in range(count)]
     lines = []
-    for chunk, names in enumerate(chunks):
+    for chunk, names in enumerate(quadruples):
         lines.append(f".reg .b32 {', '.join(names)};")
-        lines.append(f"ld.shared.v4.b32 {{{', '.join(names)}}}, [{address}+{chunk * bytes_each}];")
-    return chunks, lines
+        lines.append(f"ld.shared.v4.b32 {{{', '.join(names)}}}, [{address}+{chunk * 4 * CHUNK}];")
+    return quadruples, lines
 
 
 def _table(layout: Layout, operands: _Operands) -> Table:

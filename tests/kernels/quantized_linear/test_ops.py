@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import ops, reference, weight
-from qat.kernels.quantized_linear.choice import MEASURED, Dequantize, Skinny, Wide, choice
+from qat.kernels.quantized_linear.choice import MEASURED, Dequantize, Ring, Skinny, Wide, choice
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
 from qat.numerics.qtensor import QParams
@@ -102,6 +102,7 @@ def test_how_many_tokens_take_which_kernel(monkeypatch):
     layout = Layout(4096, 4096, 4, center=8, group=64)
     kinds = [type(choice(layout, tokens)) for tokens in (1, 16, 17, 64, 128, 512)]
     assert kinds == [Skinny, Skinny, Wide, Wide, Wide, Dequantize]
+    assert isinstance(choice(layout._replace(rows=14336), 1), Ring)
     monkeypatch.setitem(MEASURED, (4096, 4096, 4, layout.kind), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
     assert [choice(layout, tokens) for tokens in (3, 5)] == [Skinny(8, 8), Wide(64, 32)]
     assert choice(layout, 512) == Dequantize()
@@ -109,10 +110,15 @@ def test_how_many_tokens_take_which_kernel(monkeypatch):
 
 @pytest.mark.parametrize("columns", [64, 576, 1024, 4096, 14336])
 @pytest.mark.parametrize("tokens", [1, 9, 33])
-def test_what_the_rule_says_can_be_launched(columns, tokens):
-    how = choice(Layout(96, columns, 4), tokens)
-    if isinstance(how, Skinny):
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_what_the_rule_says_can_be_launched(columns, tokens, bits, group):
+    ring = pytest.importorskip("qat.kernels.quantized_linear.ring")
+    how = choice(Layout(96 if columns < 4096 else 32768, columns, bits, center=0, group=group), tokens)
+    if isinstance(how, Skinny | Ring):
         assert how.warps % how.warps_k == 0
+        if isinstance(how, Ring):
+            assert ring.ring_bytes(Layout(96, columns, bits, group=group), True, how) <= 44 * 1024
     else:
         assert how.tokens in (16, 32, 64)
         assert columns >= 64 * how.splits
