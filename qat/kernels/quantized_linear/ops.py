@@ -60,11 +60,11 @@ def _product(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor 
     if not len(x):
         return x.new_empty((0, weight.layout.rows))
     # Triton is imported at its first use: `import qat` stays light.
-    from qat.kernels.quantized_linear import skinny, tiled_product
+    from qat.kernels.quantized_linear import streamed_product, tiled_product
 
     how = choice(weight.layout, len(x))
     if isinstance(how, Skinny | Ring):
-        return skinny.run(x, weight, words, bias, how)
+        return streamed_product.run(x, weight, words, bias, how)
     if isinstance(how, Wide):
         return tiled_product.run(x, weight, words, bias, how)
     return F.linear(x, tiled_product.dequantize(weight, words, x.dtype), bias)

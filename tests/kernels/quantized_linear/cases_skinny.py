@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from qat.kernels.quantized_linear import skinny
+from qat.kernels.quantized_linear import skinny, streamed_product
 from qat.kernels.quantized_linear.choice import Skinny
 from qat.kernels.quantized_linear.weight import table_words, tiled
 from tests.kernels.quantized_linear import machine
@@ -16,7 +16,7 @@ from tests.kernels.quantized_linear.weights import KINDS, ids, quantized
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(skinny.tl, "inline_asm_elementwise", machine.inline_asm_elementwise)
-    return skinny
+    return streamed_product
 
 
 def check(kernel, kind, shape, tokens, dtype=torch.bfloat16, how=None, bias=False, scale_dtype=torch.bfloat16):
