@@ -1,7 +1,7 @@
 """Inline assembly under Triton's interpreter: the machine of `ptx.py` with 32 lanes for each warp.
 
 A tensor of 128 elements a warp is four registers of each lane, four consecutive elements a lane: what Triton's compiler
-makes of it too (`test_skinny.test_threads_hold_four_consecutive_elements`).
+makes of it too (`test_compiled.test_threads_hold_four_consecutive_elements`).
 """
 
 import numpy as np
