@@ -1,6 +1,6 @@
 """How close fake quantization comes to the speed of copying, forward, backward and with scales from the data.
 
-    python -m benchmarks.fake_quantize           needs a GPU; writes results/fake_quantize.json
+    python -m benchmarks.fake_quantize           needs a GPU, five minutes; writes results/fake_quantize.json; resumes
     python -m benchmarks.fake_quantize --check   only compares the kernels with the references
 
 Tensors are bf16. `copy_share` is the time that copying as many bytes takes, over that of the kernel: the forward pass
@@ -12,13 +12,14 @@ kernel is compared with the reference before it is timed.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu_timing import microseconds, ring
-from benchmarks.record import record
+from benchmarks.record import commit, kept, record
 from qat.kernels import ops
 from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import Format, parse_format
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare only")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, large ones first")
+    parser.add_argument("--work", type=Path, default=Path("outputs/fake_quantize"), help="where rows are kept")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU.")
@@ -50,7 +52,9 @@ def main() -> None:
     check()
     if options.check:
         return
-    rows = [row for shape in SHAPES[: options.shapes] for row in measure(shape)]
+    rows: list[Row] = []
+    for shape in SHAPES[: options.shapes]:
+        rows += kept(options.work / f"{shape[0]}x{shape[1]}-{commit()}.json", partial(measure, shape))
     record("fake_quantize", f"python -m benchmarks.fake_quantize --shapes {options.shapes}", rows, ("triton",))
 
 

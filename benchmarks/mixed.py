@@ -14,11 +14,10 @@ choose from 2 to 8 bits in groups of 64, and give queries, keys and values, and 
 
 import argparse
 import hashlib
-import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from torch import Tensor, nn
 
 import qat
 from benchmarks.recipe import LENGTH, MODEL, device, load, perplexity
-from benchmarks.record import record
+from benchmarks.record import kept, record
 from benchmarks.texts import calibration, windows
-from qat.atomic import replaced_file
 from qat.export.artifact import bits_per_weight
 from qat.planning import (
     ROUNDINGS,
@@ -121,12 +119,13 @@ class Benchmark:
         path, started = self.work / f"{_spelled(signal, rounding)}.seconds.json", time.perf_counter()
         found = plan(load(), self._batches(BATCHES.get(signal, 2)), Budget(limit), self.candidates, signal,
                      folder=self.work / "rows", rounding=rounding)  # fmt: skip
-        return found, self._kept(path, lambda: time.perf_counter() - started)
+        return found, kept(path, lambda: time.perf_counter() - started)
 
     def ppl(self, arm: str, scheme: qat.Scheme | None, method: str, limit: float) -> float:
         """Perplexity of one arm; none may spend more than `limit` bits per weight."""
         key = hashlib.sha256(repr((scheme, self.val.shape, self.calibration.shape)).encode()).hexdigest()[:12]
-        return self._kept(self.work / f"{arm}-{key}.json", lambda: self._measured(arm, scheme, method, limit))
+        found: float = kept(self.work / f"{arm}-{key}.json", lambda: self._measured(arm, scheme, method, limit))
+        return found
 
     def _measured(self, arm: str, scheme: qat.Scheme | None, method: str, limit: float) -> float:
         model = load()
@@ -154,13 +153,6 @@ class Benchmark:
             if name in assignment.values()
         }
         return qat.Scheme(rules=rules)
-
-    def _kept(self, path: Path, measure: Callable[[], float]) -> float:
-        if not path.is_file():
-            value = measure()
-            with replaced_file(path) as temporary:
-                temporary.write_text(json.dumps(value))
-        return float(json.loads(path.read_text()))
 
 
 def _spelled(signal: str, rounding: str) -> str:

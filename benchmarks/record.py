@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def record(claim: str, command: str, rows: list[dict[str, Any]], packages: tuple
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {path.relative_to(ROOT)}")
     return path
+
+
+def kept(path: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` finds, in JSON's types: now, or in an earlier run, which left it at `path`."""
+    if not path.is_file():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(path) as temporary:
+            temporary.write_text(json.dumps(found))
+    return json.loads(path.read_text())
 
 
 def device() -> str:

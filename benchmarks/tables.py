@@ -260,10 +260,10 @@ def low_bit_step(rows: Rows) -> str:
 
 def loss_curve(rows: Rows) -> str:
     """How far apart the losses of kernels and references are."""
-    headings = ("", "", "steps", "last loss", "largest difference", "mean", "references again", "another order")
-    lines = [_line(*headings), _line("---", "---", *["--:"] * 6)]
+    headings = ("", "", "steps", "last loss", "largest difference", "mean", "references again")
+    lines = [_line(*headings), _line("---", "---", *["--:"] * 5)]
     for row in rows:
-        figures = [f"{row[name]:.1e}" if row[name] else "0" for name in ("largest", "mean", "again", "noise")]
+        figures = [f"{row[name]:.1e}" if row[name] else "0" for name in ("largest", "mean", "again")]
         lines.append(_line(row["scheme"], row["dtype"], row["steps"], f"{row['last']:.3f}", *figures))
     return "\n".join(lines)
 
