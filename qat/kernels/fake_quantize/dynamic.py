@@ -31,9 +31,14 @@ from qat.kernels.launch import KEPT, Launch
 from qat.numerics.formats import FloatFormat, Format
 
 RULES = ("absmax", "minmax", "microscaling")
-TILE = 2048
-# Elements of a group that is read once; longer ones are worth a program each where there are many.
+# Elements of a program that has many short groups, and of one step through a group that is read twice.
+TILE, STEP = 1024, 4096
+# Elements of a group that is read once: more would leave a multiprocessor room for one program only.
+_ONCE = 8192
+# Elements of a group that is worth a program of its own; longer ones are where there are so many.
 _MOST, _ENOUGH = 16384, 256
+# Elements of a thread: with more of them it has too many registers for what hides the latency of memory.
+_EACH = 16
 
 
 @triton.jit
@@ -43,11 +48,18 @@ def _ordered(bits):
 
 
 @triton.jit
-def _extremes(x, inside, least, most):
-    """`least` and `most` `[ROWS, 1]`, ordered integers, and those of the tile `x`. Integers, because they keep NaN."""
-    bits = _ordered(x.to(tl.int32, bitcast=True))
-    least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), axis=1, keep_dims=True))
-    most = tl.maximum(most, tl.max(tl.where(inside, bits, -0x7FFFFFFF), axis=1, keep_dims=True))
+def _extremes(x, inside, least, most, RULE: tl.constexpr):
+    """`least` and `most` `[ROWS, 1]`, ordered integers, and those of the tile `x`. Integers, because they keep NaN.
+
+    Other rules than `minmax` ask for the greatest magnitude only, and for `x` that is 0 outside the tile.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    if RULE == "minmax":
+        bits = _ordered(bits)
+        least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), axis=1, keep_dims=True))
+        most = tl.maximum(most, tl.max(tl.where(inside, bits, -0x7FFFFFFF), axis=1, keep_dims=True))
+    else:
+        most = tl.maximum(most, tl.max(bits & 0x7FFFFFFF, axis=1, keep_dims=True))
     return least, most
 
 
@@ -65,22 +77,19 @@ def _params(
     EXPONENT: tl.constexpr,
 ):
     """Scale and zero point `[ROWS, 1]` from the extremes of each group."""
-    smallest = _ordered(least).to(tl.float32, bitcast=True)
-    largest = _ordered(most).to(tl.float32, bitcast=True)
-    zero_point = tl.zeros_like(smallest)
+    largest = _ordered(most).to(tl.float32, bitcast=True)  # of a magnitude the integer is the number's bits
+    zero_point = tl.zeros_like(largest)
     if RULE == "minmax":
+        smallest = _ordered(least).to(tl.float32, bitcast=True)
         smallest, largest = at_most(smallest, 0.0), at_least(largest, 0.0)
         steps = tl.zeros_like(smallest) + (high - low)
         scale = rounded_up(tl.div_rn(largest - smallest, steps), EPS, SMALLEST, LARGEST, STORAGE)
         zero_point = at_most(at_least(whole(low - tl.div_rn(smallest, scale)), low), high)
+    elif RULE == "absmax":
+        scale = covering_scale(largest, high, EPS, SMALLEST, LARGEST, STORAGE)
     else:
-        extreme = at_least(largest, -smallest)
-        if RULE == "absmax":
-            scale = covering_scale(extreme, high, EPS, SMALLEST, LARGEST, STORAGE)
-        else:
-            exponent = (extreme.to(tl.int32, bitcast=True) >> 23) - 127 - EXPONENT
-            exponent = tl.minimum(tl.maximum(exponent, -126), 127)
-            scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+        exponent = tl.minimum(tl.maximum((most >> 23) - 127 - EXPONENT, -126), 127)
+        scale = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     return scale, zero_point
 
 
@@ -125,11 +134,11 @@ def _fake_quantize_dynamic(
     most = tl.full((ROWS, 1), -0x7FFFFFFF, dtype=tl.int32)
     at, inside = tile_at(row, 0, groups, elements, WIDTH)
     own = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    least, most = _extremes(own, inside, least, most)
+    least, most = _extremes(own, inside, least, most, RULE)
     for step in range(1, STEPS):
         at, inside = tile_at(row, step * WIDTH, groups, elements, WIDTH)
         further = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-        least, most = _extremes(further, inside, least, most)
+        least, most = _extremes(further, inside, least, most, RULE)
     s, z = _params(least, most, low, high, RULE, EPS, SMALLEST, LARGEST, STORAGE, EXPONENT)
     if VALUES:
         inverse = inverse_of(s)
@@ -195,7 +204,7 @@ def _launch(
 def _ready(
     groups: int, elements: int, per_table: int, rule: str, scale_dtype: torch.dtype, format: Format, values: bool
 ) -> Launch:
-    tile = TILE if elements > _MOST else max(TILE, power_of_two(elements))
+    tile = STEP if elements > _ONCE else max(TILE, power_of_two(elements))
     cut = tiling(groups, elements, tile, programs=1)
     constants = {
         "GRID": grid_constants(format),
@@ -208,4 +217,5 @@ def _ready(
         "STEPS": cut.steps,
     }
     numbers = groups, elements, per_table, *format.range()
-    return Launch(_fake_quantize_dynamic, cut.blocks, numbers, constants, max(4, min(16, cut.width // 1024)))
+    warps = max(4, min(16, cut.width // (32 * _EACH)))
+    return Launch(_fake_quantize_dynamic, cut.blocks, numbers, constants, warps)
