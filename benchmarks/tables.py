@@ -287,6 +287,17 @@ def loss(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def decode(rows: Rows) -> str:
+    """Speed of generation and size of the weights beside bf16."""
+    headings = ("model", "linear layers", "context", "tokens/s", "bf16", "speed", "weights GiB", "bf16")
+    lines = [_line(*headings), _line("---", "---", *["--:"] * 6)]
+    for row in rows:
+        speeds = (f"{row[name]:.0f}" for name in ("tokens_per_s", "bf16_tokens_per_s"))
+        sizes = (f"{row[name]:.2f}" for name in ("weights_gib", "bf16_weights_gib"))
+        lines.append(_line(row["model"], row["format"], row["context"], *speeds, f"{row['speedup']:.2f}", *sizes))
+    return "\n".join(lines)
+
+
 def _times(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
@@ -327,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loss_products": _of("loss_products", loss_products),
     "loss": _of("loss", loss),
     "distill_loss": _of("distill_loss", loss),
+    "decode": _of("decode", decode),
     "recovery": _of("recovery", recovery),
     "pruning": _of("pruning", pruning),
     "ptq": _of("ptq", ptq),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    decode,
     fake_quantize,
     grids,
     kv_cache,
@@ -171,6 +172,15 @@ def test_loss(made):
     assert rows["plain"]["speed_ratio"] == 1
     assert rows["chunked"]["gradient_error"] < 1e-5
     assert rows["chunked"]["ms"] > 0
+
+
+def test_decode(monkeypatch):
+    monkeypatch.setattr(decode, "_STEPS", 2)
+    found = {format: decode.measure(format, [8], True) for format in (decode.BF16, "int4-g64")}
+    (row,) = decode.rows_of("int4-g64", found["bf16"], found["int4-g64"])
+    assert row["rel_error"] < 1e-2
+    assert row["weights_gib"] < row["bf16_weights_gib"] / 2
+    assert tables.decode([row]).splitlines()[2].startswith("| toy | int4-g64 | 8 | ")
 
 
 def test_the_loss_curve_of_kernels(monkeypatch):

@@ -117,11 +117,11 @@ def compare_gradients(device, formats=LEARNED):
                         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
-def compare_dynamic_scales(device, rules=RULES, most=16384):
+def compare_dynamic_scales(device, rules=RULES, most=8192):
     """`most`: elements of a group that is read once; fewer make the loop over longer groups run."""
-    from qat.kernels.fake_quantize import dynamic
+    from qat.kernels.fake_quantize import dynamic, tiles
 
-    dynamic._MOST = most
+    tiles.ONCE, tiles.STEP = most, min(tiles.STEP, most)
     torch.manual_seed(0)
     for (name, rule), (groups, elements) in product(rules, [*SIZES, (500, 32)]):
         format = parse_format(name)
@@ -150,7 +150,7 @@ CHECKS = {compare_codes_and_values: FORMATS, compare_gradients: LEARNED, compare
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
-    "call", [*(f"{check.__name__}('cpu')" for check in CHECKS), "compare_dynamic_scales('cpu', most=16)"]
+    "call", [*(f"{check.__name__}('cpu')" for check in CHECKS), "compare_dynamic_scales('cpu', most=512)"]
 )
 def test_triton_in_the_interpreter_equals_the_reference(call):
     interpreted(__name__, call)

@@ -53,11 +53,12 @@ def noise_of(seed, rows, columns, device):
     return out[:, :rows, :columns].cpu()
 
 
-def compare_rows(device, names=FORMATS, sizes=SIZES, most=16384):
+def compare_rows(device, names=FORMATS, sizes=SIZES, most=8192):
     """`most`: elements of a row that is read once; fewer make the loop over longer rows run."""
+    from qat.kernels.fake_quantize import tiles
     from qat.kernels.operand_codes import rows
 
-    rows._MOST, rows.TILE = most, min(rows.TILE, most)
+    tiles.ONCE, tiles.STEP = most, min(tiles.STEP, most)
     torch.manual_seed(0)
     for name, (tall, wide), dtype in product(names, sizes, STORAGE):
         x, format = values(tall, wide), parse_format(name)

@@ -24,21 +24,24 @@ from qat.kernels.fake_quantize.grid import (
     table_for,
     whole,
 )
-from qat.kernels.fake_quantize.scales import at_least, at_most, covering_scale, rounded_up, storage_constants
-from qat.kernels.fake_quantize.tiles import power_of_two, table_of, tile_at, tiling
+from qat.kernels.fake_quantize.scales import (
+    at_least,
+    at_most,
+    covering_scale,
+    magnitude_bits,
+    rounded_up,
+    storage_constants,
+)
+from qat.kernels.fake_quantize.tiles import table_of, tile_at, whole_groups
 from qat.kernels.fake_quantize.triton import aligned
 from qat.kernels.launch import KEPT, Launch
 from qat.numerics.formats import FloatFormat, Format
 
 RULES = ("absmax", "minmax", "microscaling")
-# Elements of a program that has many short groups, and of one step through a group that is read twice.
-TILE, STEP = 1024, 4096
-# Elements of a group that is read once: more would leave a multiprocessor room for one program only.
-_ONCE = 8192
+# Elements of a program that has many short groups.
+TILE = 1024
 # Elements of a group that is worth a program of its own; longer ones are where there are so many.
 _MOST, _ENOUGH = 16384, 256
-# Elements of a thread: with more of them it has too many registers for what hides the latency of memory.
-_EACH = 16
 
 
 @triton.jit
@@ -53,13 +56,12 @@ def _extremes(x, inside, least, most, RULE: tl.constexpr):
 
     Other rules than `minmax` ask for the greatest magnitude only, and for `x` that is 0 outside the tile.
     """
-    bits = x.to(tl.int32, bitcast=True)
     if RULE == "minmax":
-        bits = _ordered(bits)
+        bits = _ordered(x.to(tl.int32, bitcast=True))
         least = tl.minimum(least, tl.min(tl.where(inside, bits, 0x7FFFFFFF), axis=1, keep_dims=True))
         most = tl.maximum(most, tl.max(tl.where(inside, bits, -0x7FFFFFFF), axis=1, keep_dims=True))
     else:
-        most = tl.maximum(most, tl.max(bits & 0x7FFFFFFF, axis=1, keep_dims=True))
+        most = tl.maximum(most, tl.max(magnitude_bits(x), axis=1, keep_dims=True))
     return least, most
 
 
@@ -204,8 +206,7 @@ def _launch(
 def _ready(
     groups: int, elements: int, per_table: int, rule: str, scale_dtype: torch.dtype, format: Format, values: bool
 ) -> Launch:
-    tile = STEP if elements > _ONCE else max(TILE, power_of_two(elements))
-    cut = tiling(groups, elements, tile, programs=1)
+    cut, warps = whole_groups(groups, elements, TILE)
     constants = {
         "GRID": grid_constants(format),
         "RULE": rule,
@@ -217,5 +218,4 @@ def _ready(
         "STEPS": cut.steps,
     }
     numbers = groups, elements, per_table, *format.range()
-    warps = max(4, min(16, cut.width // (32 * _EACH)))
     return Launch(_fake_quantize_dynamic, cut.blocks, numbers, constants, warps)

@@ -27,6 +27,12 @@ def storage_constants(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @triton.jit
+def magnitude_bits(x):
+    """|x| by its bits, integers in the order of the numbers that keep NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def at_most(value, bound):
     """The lesser of both, or NaN."""
     return tl.where(value > bound, bound, value)

@@ -40,6 +40,20 @@ def tiling(groups: int, elements: int, tile: int, programs: int | None = None) -
     return Tiling(rows, width, blocks, ceil_div(across, steps), steps)
 
 
+# Elements of a thread: with more of them it has too many registers for what hides the latency of memory. Of a group
+# that is read once, because more would leave a multiprocessor room for one program only; and of a step through others.
+EACH, ONCE, STEP = 16, 8192, 4096
+
+
+def whole_groups(groups: int, elements: int, least: int) -> tuple[Tiling, int]:
+    """Tiles of programs that go through their groups twice, to find scales and to use them; and their warps.
+
+    A group that fits one tile is read once. Short groups share tiles of at least `least` elements.
+    """
+    cut = tiling(groups, elements, STEP if elements > ONCE else max(least, power_of_two(elements)), programs=1)
+    return cut, max(4, cut.width // (32 * EACH))
+
+
 def ceil_div(value: int, divisor: int) -> int:
     """Quotient, rounded up."""
     return -(-value // divisor)

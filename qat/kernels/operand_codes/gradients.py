@@ -23,7 +23,7 @@ from qat.kernels.launch import KEPT, Launch
 from qat.kernels.operand_codes import reference
 from qat.kernels.operand_codes.drawing import drawn_codes
 from qat.kernels.operand_codes.reference import GradientCodes
-from qat.kernels.operand_codes.tiles import NO_TABLE, TALL, WARPS, WIDE, magnitude_bits, noise_at
+from qat.kernels.operand_codes.tiles import NO_TABLE, TALL, WARPS, WIDE, noise_at
 from qat.numerics.formats import Format
 
 # Programs that fill a large GPU, and how many scales one of them finds.
@@ -34,6 +34,12 @@ _PROGRAMS, _SCALES = 512, 256
 def _factors(factor, at, count, step):
     """What multiplies each row or column `at`; `step` is 0 where all share it."""
     return tl.load(factor + at * step, mask=at < count, other=0)
+
+
+@triton.jit
+def _product_bits(x, factor):
+    """|x * factor| by its bits; a magnitude is free where it is the operand of a product."""
+    return (tl.abs(x) * tl.abs(factor)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -64,13 +70,13 @@ def _gradient_extremes(
         at, inside = tile_at(row, first, rows, columns, WIDTH)
         own = tl.load(g + at, mask=inside, other=0).to(tl.float32)
         if ACROSS:
-            bits = magnitude_bits(own * _factors(across, column, columns, across_step)[None, :])
+            bits = _product_bits(own, _factors(across, column, columns, across_step)[None, :])
             if WHOLE:
                 along_rows = tl.maximum(along_rows, bits)
             else:
                 tl.atomic_max(row_extremes + row, tl.max(bits, axis=1), mask=row < rows, sem="relaxed")
         if DOWN:
-            bits = magnitude_bits(own * _factors(down, row, rows, down_step)[:, None])
+            bits = _product_bits(own, _factors(down, row, rows, down_step)[:, None])
             along_columns = tl.maximum(along_columns, bits)
     if ACROSS and WHOLE:
         tl.atomic_max(row_extremes, tl.max(tl.max(along_rows, axis=1), axis=0), sem="relaxed")

@@ -11,16 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qat.kernels.fake_quantize.grid import encode, grid_constants, inverse_of, quotient
-from qat.kernels.fake_quantize.scales import covering_scale, storage_constants
-from qat.kernels.fake_quantize.tiles import power_of_two, tile_at, tiling
+from qat.kernels.fake_quantize.scales import covering_scale, magnitude_bits, storage_constants
+from qat.kernels.fake_quantize.tiles import tile_at, whole_groups
 from qat.kernels.launch import KEPT, Launch
 from qat.kernels.operand_codes import reference
-from qat.kernels.operand_codes.tiles import NO_TABLE, magnitude_bits
+from qat.kernels.operand_codes.tiles import NO_TABLE
 from qat.numerics.formats import Format
 
 TILE = 2048
-# Elements of a row that is read once; longer ones are read twice.
-_MOST = 16384
 
 
 @triton.jit
@@ -74,8 +72,7 @@ def row_codes(x: Tensor, scale_dtype: torch.dtype, format: Format) -> tuple[Tens
 
 @lru_cache(KEPT)
 def _ready(rows: int, columns: int, scale_dtype: torch.dtype, format: Format) -> Launch:
-    tile = TILE if columns > _MOST else max(TILE, power_of_two(columns))
-    cut = tiling(rows, columns, tile, programs=1)
+    cut, warps = whole_groups(rows, columns, TILE)
     constants = {
         "GRID": grid_constants(format),
         **storage_constants(scale_dtype),
@@ -84,4 +81,4 @@ def _ready(rows: int, columns: int, scale_dtype: torch.dtype, format: Format) ->
         "STEPS": cut.steps,
     }
     numbers = rows, columns, format.range()[1]
-    return Launch(_row_codes, cut.blocks, numbers, constants, max(4, min(16, cut.width // 1024)))
+    return Launch(_row_codes, cut.blocks, numbers, constants, warps)

@@ -17,12 +17,6 @@ _ROUNDS: tl.constexpr = tl.constexpr(7)
 
 
 @triton.jit
-def magnitude_bits(x):
-    """|x| by its bits, integers in the order of the numbers that keep NaN."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def noise_at(seed, row, first, columns, WIDTH: tl.constexpr):
     """Random bits for two roundings of the tile of `row` `[ROWS]` and WIDTH columns from `first` on, both in eights.
 
