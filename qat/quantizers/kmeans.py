@@ -15,7 +15,7 @@ from qat.numerics.granularity import Granularity, parse_granularity, refuse_padd
 from qat.numerics.kmeans import equal_mass_1d, kmeans_1d
 from qat.numerics.kmeans.soft import soft_assign
 from qat.numerics.qtensor import QParams, ViewParams, scale_down, unscale
-from qat.numerics.ste import exp2_to_storage, round_to_storage
+from qat.numerics.ste import exp2_to_storage, round_to_storage, straight_through
 from qat.quantizers.base import Quantizer
 from qat.quantizers.log_scale import log_scale_of
 from qat.quantizers.observers import Observer, SampleObserver
@@ -48,6 +48,8 @@ class KMeansQuantizer(Quantizer):
         learn_scale: train the scales too; worth it where the codebook is coarser than they are.
         temperature: of the soft assignment in training, in squared units of the codebook, which spans about [-1, 1];
             None assigns hard. The callback `SoftKMeans` cools it.
+        entry_bits: 2 to 8; entries are integers of so many bits over 2^(entry_bits - 1), in training too. Packed
+            kernels decode those of up to 7 bits with fewer instructions. None leaves them free.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class KMeansQuantizer(Quantizer):
         learn_scale: bool = False,
         scale_dtype: str = "bfloat16",
         temperature: float | None = None,
+        entry_bits: int | None = None,
     ) -> None:
         if bits not in range(1, 9):
             raise InputError(f"A k-means codebook has 1 to 8 bits, not {bits}.")
@@ -71,6 +74,10 @@ class KMeansQuantizer(Quantizer):
             raise InputError(f"There is no codebook initialisation '{init}'.{nearest(init, _INITS)}")
         if temperature is not None and temperature <= 0:
             raise InputError(f"temperature is {temperature}; it is positive, or null for hard assignment.")
+        if entry_bits is not None and entry_bits not in range(2, 9):
+            raise InputError(
+                f"Entries of a codebook have 2 to 8 bits, not entry_bits={entry_bits}; null leaves them free."
+            )
         if init == "nf4" and entries != 16:
             raise InputError(f"init=nf4 has 16 entries, not {entries}: set bits=4 and no entries, or use init=kmeans.")
         sharing = self.granularity if codebook is None else parse_granularity(codebook)
@@ -82,6 +89,7 @@ class KMeansQuantizer(Quantizer):
             )
         self.init = init
         self.temperature = temperature
+        self.entry_bits = entry_bits
         self.initialized = False
         self.codebook = nn.Parameter(torch.zeros(*table_shape, entries))
         self.log_scale = nn.Parameter(torch.zeros(self.param_shape), requires_grad=learn_scale)
@@ -93,6 +101,8 @@ class KMeansQuantizer(Quantizer):
     def qparams(self, x: Tensor) -> QParams:
         # Centroids may cross while they train; the grid is ascending all the same.
         ascending = self.codebook.sort(dim=-1).values
+        if self.entry_bits is not None:
+            ascending = on_integers(ascending, self.entry_bits)
         if self.mask is not None:
             ascending = with_zero(ascending)
         return QParams(
@@ -172,6 +182,15 @@ class KMeansQuantizer(Quantizer):
         else:
             found = kmeans_1d(values, entries, None if importance is None else importance.reshape(rows, -1))
         self.codebook.data.copy_((found / scale if alone else found).view_as(self.codebook))
+
+
+def on_integers(codebook: Tensor, bits: int) -> Tensor:
+    """`codebook` with each entry at the nearest integer of `bits` bits over 2^(bits - 1); the gradient passes through.
+
+    From -1 to 1 - 2^(1 - bits); what lies beyond is moved to the end.
+    """
+    half = 2.0 ** (bits - 1)
+    return straight_through(codebook, (codebook.detach() * half).round().clamp(-half, half - 1) / half)
 
 
 def with_zero(codebook: Tensor) -> Tensor:

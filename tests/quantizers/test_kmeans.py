@@ -129,3 +129,35 @@ def test_a_temperature_is_positive():
 def test_a_codebook_for_a_large_tensor_is_the_optimum_of_its_bf16_values():
     x = torch.randn(300, 256).bfloat16()
     assert sqnr(x, fitted(x, bits=4, granularity="per_tensor")(x)) > 20.15  # of the best 16 levels: 20.22 dB
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group_32"])
+def test_entries_are_integers_in_training_too(granularity):
+    x = torch.randn(8, 64)
+    quantizer = fitted(x, bits=3, granularity=granularity, entry_bits=7)
+    free = fitted(x, bits=3, granularity=granularity)
+    entries = quantizer.qparams(x).codebook
+    assert torch.equal(entries * 64, (entries * 64).round())
+    assert -1 <= entries.min() < entries.max() <= 63 / 64
+    assert error(quantizer, x) < 1.05 * error(free, x)
+
+    quantizer(x).square().sum().backward()
+    free(x).square().sum().backward()
+    assert quantizer.codebook.grad.norm() > 0
+    assert torch.allclose(
+        quantizer.codebook.grad, free.codebook.grad, rtol=0.1, atol=0.1 * float(free.codebook.grad.abs().max())
+    )
+
+
+def test_pruned_weights_are_zero_among_integers():
+    x = torch.randn(4, 64)
+    quantizer = fitted(x, bits=3, entry_bits=5)
+    mask = torch.rand(4, 64) > 0.5
+    quantizer.mask = mask
+    assert (quantizer(x)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_entries_of_no_such_bits_are_refused(bits):
+    with pytest.raises(InputError, match=f"2 to 8 bits, not entry_bits={bits}"):
+        KMeansQuantizer((4, 64), entry_bits=bits)

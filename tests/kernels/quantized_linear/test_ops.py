@@ -8,6 +8,7 @@ from qat.kernels.quantized_linear.choice import MEASURED, Dequantize, Ring, Skin
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
 from qat.numerics.qtensor import QParams
+from qat.quantizers import KMeansQuantizer
 from tests.kernels.quantized_linear.weights import KINDS, ids, quantized
 
 
@@ -64,6 +65,18 @@ def test_kinds_of_tables():
     assert torch.tensor(entries).to(torch.int16).view(torch.bfloat16).tolist() == any.table[0].bfloat16().tolist()
     assert words.shape == (8, 8)  # a copy for each g
     assert table_words(grid.table, grid.layout, torch.float16).shape == (8, 4)
+
+
+@pytest.mark.parametrize("sharing", ["per_channel", "per_tensor"])
+def test_learned_entries_of_seven_bits_are_decoded_as_integers(sharing):
+    weight = torch.randn(16, 128)
+    learned = KMeansQuantizer(weight.shape, granularity="per_group_64", codebook=sharing, entry_bits=7)
+    learned.initialize(weight)
+    q = learned.quantize(weight)
+    packed = tiled(q)
+    assert packed.layout.kind == GRID_TABLE
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(ops.quantized_linear(x, packed), x @ q.dequantize().T)
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[9], KINDS[15]], ids=ids)
