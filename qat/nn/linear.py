@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.kernels.linear import compute_dtype
+from qat.kernels.quantized_linear.fallback import say_once
 from qat.kernels.quantized_linear.ops import quantized_linear, takes
 from qat.kernels.quantized_linear.reference import linear_by_rows
 from qat.nn.layer import LayerQuantizers, PackedLayer, QuantLayer
@@ -43,6 +44,7 @@ class PackedLinear(PackedLayer):
         tiled = self.weight.tiled() if takes(x) else None
         if tiled is not None:
             return self.output_quantizer(quantized_linear(x, tiled, self.bias))
+        say_once(x, self.weight.format.name, str(self.weight.granularity))
         # Autograd would keep every block, and a compiler unroll them.
         in_blocks = x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
         if in_blocks and self.weight.rows_are_separate and not torch.compiler.is_compiling():

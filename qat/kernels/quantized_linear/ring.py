@@ -22,7 +22,7 @@ import triton.language as tl
 from qat.errors import InputError
 from qat.kernels.quantized_linear.choice import Ring
 from qat.kernels.quantized_linear.layout import Layout
-from qat.kernels.quantized_linear.skinny import _SUMS, quadruples, store_totals, tables_of_row, x_of_step
+from qat.kernels.quantized_linear.skinny import SUMS, quadruples, store_totals, tables_of_row, x_of_step
 from qat.kernels.quantized_linear.step import Assembly, words_of_scales, words_of_zeros
 from qat.kernels.quantized_linear.tiles import CHUNK, STEP_COLUMNS, chunks_of_row
 
@@ -225,7 +225,7 @@ def ring(
         )
         here = slot + turn % STAGES * SLOT
         totals = tl.inline_asm_elementwise(
-            TEXT, CONSTRAINTS, totals + (here,) + own_x + others, dtype=_SUMS[TOKEN_TILES], is_pure=False, pack=4
+            TEXT, CONSTRAINTS, totals + (here,) + own_x + others, dtype=SUMS[TOKEN_TILES], is_pure=False, pack=4
         )
         _copy(
             here, own_codes, own_scale, own_zero, start, turn + STAGES,

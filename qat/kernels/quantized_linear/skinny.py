@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 # Results of the assembly, by the number of tiles of tokens.
-_SUMS = tl.constexpr(tuple((tl.float32,) * count for count in range(5)))
+SUMS = tl.constexpr(tuple((tl.float32,) * count for count in range(5)))
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def store_totals(
 def multiply(totals, codes, x, others, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr, TOKEN_TILES: tl.constexpr):
     """The totals after a step."""
     return tl.inline_asm_elementwise(
-        TEXT, CONSTRAINTS, totals + codes + x + others, dtype=_SUMS[TOKEN_TILES], is_pure=True, pack=4
+        TEXT, CONSTRAINTS, totals + codes + x + others, dtype=SUMS[TOKEN_TILES], is_pure=True, pack=4
     )
 
 
