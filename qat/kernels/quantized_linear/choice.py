@@ -34,12 +34,18 @@ class Ring(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """`wide.py`: rows and tokens of a tile, parts of the columns with programs of their own, stages of the pipeline."""
+    """`wide.py`: rows and tokens of a tile, parts of the columns with programs of their own, stages of the pipeline.
+
+    Four `warps` hold 64 rows: with eight, two groups of four multiply at the same time. `depth` is how many tiles of 64
+    columns, two or four, are loaded and decoded at a time.
+    """
 
     rows: int = 64
     tokens: int = 64
     splits: int = 1
     stages: int = 3
+    warps: int = 4
+    depth: int = 2
 
 
 class Dequantize(NamedTuple):
