@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from qat.kernels.quantized_linear.choice import Ring, Skinny
+from qat.kernels.quantized_linear.choice import SHARED_BYTES, Ring, Skinny, Wide, shared_bytes
 from qat.kernels.quantized_linear.layout import TABLE, Layout
 
 triton = pytest.importorskip("triton")
@@ -47,9 +47,33 @@ def test_threads_hold_four_consecutive_elements(layout, how):
         assert layouts[name].startswith("sizePerThread = [4], threadsPerWarp = [32]"), text
 
 
-def test_weights_pass_from_registers_to_the_tensor_core():
-    constants = tiled_product._constants(LAYOUTS[0], torch.bfloat16, False, True)
-    sizes = {"COLUMNS": 4096, "HAS_BIAS": False, "ROWS": 64, "TOKENS": 64, "SPLITS": 1, "STAGES": 3}
-    made = compiled(wide.wide, constants | sizes, TYPES | {"x": "*bf16"}, num_warps=4)
-    assert "wgmma" in made.asm["ptx"]
-    assert "st.shared" not in made.asm["ptx"].split("wgmma")[0]
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, Layout(4096, 4096, 4, TABLE, group=64), Layout(4096, 4096, 8, group=32)], ids=str
+)
+@pytest.mark.parametrize("how", [Wide(), Wide(128, 64, stages=4), Wide(128, 256, warps=8)], ids=str)
+def test_weights_pass_from_registers_to_the_tensor_core(layout, how):
+    """Decoding has the layout in which words are loaded, and nothing is stored to shared memory to change it."""
+    made = compiled_wide(layout, how)
+    layouts = dict(re.findall(r"(#\w+) = #ttg.blocked<{(.*?)}>", made.asm["ttgir"]))
+    found = re.findall(r"elementwise_inline_asm .*?packed_element = 4.*? -> tensor<\d+x128xi32, (#\w+)>", made.asm["ttgir"])
+    assert len(found) == how.depth
+    for name in found:
+        assert layouts[name].startswith("sizePerThread = [1, 4], threadsPerWarp = [1, 32]"), layouts[name]
+    before, after = made.asm["ptx"].split("wgmma.mma_async", 1)
+    assert "st.shared" not in before
+    assert "st.shared" not in after.rsplit("wgmma.mma_async", 1)[0]
+    assert "st.local" not in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("how", [Wide(), Wide(64, 64, depth=4), Wide(128, 256, warps=8), Wide(256, 128, warps=8)], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_shared_memory_is_what_the_rule_thinks(how, bits):
+    layout = Layout(4096, 4096, bits, center=0, group=64)
+    if shared_bytes(layout, how) <= SHARED_BYTES:
+        assert compiled_wide(layout, how).metadata.shared <= shared_bytes(layout, how)
+
+
+def compiled_wide(layout, how):
+    constants = tiled_product.constants_of(layout, torch.bfloat16, False, layout.bits != 3, how.depth)
+    constants |= tiled_product.sizes_of(how) | {"HAS_BIAS": False}
+    return compiled(wide.wide, constants, TYPES | {"x": "*bf16"}, num_warps=how.warps)
