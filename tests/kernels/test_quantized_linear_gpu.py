@@ -97,7 +97,7 @@ def test_any_number_of_tokens(kind, tokens):
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[5], KINDS[9], KINDS[15], KINDS[16]], ids=ids)
-@pytest.mark.parametrize("how", [*choices._SHAPES, Wide(64, 64, depth=4), Wide(128, 64, 4)], ids=str)
+@pytest.mark.parametrize("how", [*choices.SHAPES, Wide(64, 64, depth=4), Wide(128, 64, 4)], ids=str)
 def test_every_tile_of_many_tokens(how, kind, way):
     """More blocks of tokens than are grouped, the last of them not whole, and rows that end within a tile."""
     way(how)

@@ -1,7 +1,7 @@
 """Which kernel multiplies how many tokens by a weight, and how it is launched.
 
 Measured entries come first, by (rows, columns, bits, kind); what is not among them follows a rule. Nothing is tried at
-run time: the first call costs a compilation and no more. From 17 tokens on the rule is an estimate of each launch's time.
+run time: the first call costs a compilation and no more. From 17 tokens on the rule estimates the time of each launch.
 """
 
 from functools import lru_cache
@@ -67,7 +67,7 @@ _LAUNCH_US, _FILL_US = 1.5, 1.5
 
 # Tiles of `Wide` that compile without spilling registers. Tall ones read x less often, broad ones decode less often;
 # where four warps hold 128 rows, or eight 256, what is not decoding costs half as much a weight.
-_SHAPES = (
+SHAPES = (
     *(Wide(rows, tokens, stages=4) for rows, tokens in ((64, 32), (64, 64), (128, 64))),
     *(Wide(256, tokens, stages=4, warps=8) for tokens in (32, 64)),
     *(Wide(64, 128), Wide(128, 128, warps=8), Wide(128, 256, warps=8), Wide(256, 128, warps=8)),
@@ -90,7 +90,7 @@ def rule(layout: Layout, tokens: int) -> Choice:
         return _streams(layout, tokens, steps)
     launches = [
         how._replace(splits=splits)
-        for how in _SHAPES
+        for how in SHAPES
         for splits in (1, 2, 4)
         if steps >= 2 * splits - 1 and shared_bytes(layout, how) <= SHARED_BYTES
     ]

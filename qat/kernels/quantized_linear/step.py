@@ -132,6 +132,7 @@ def _from_ring(address: str, count: int) -> tuple[list[list[str]], list[str]]:
 
 
 def table_operands(layout: Layout, operands: Operands) -> Table:
+    """Registers of a table, without those that fill it up."""
     names, each = word_operands(operands, layout.table_words), 2**layout.bits // 4
     return Table(names[:each], () if layout.kind == GRID_TABLE else names[each : 2 * each])
 
@@ -189,9 +190,9 @@ class Lookup:
 
         `begins`: whether nothing before q was decoded, so that q's group may have begun earlier.
         """
-        bits, group, lines = self._layout.bits, self._layout.group, []
-        if self._layout.has_zeros and group and (begins or 16 * q % group == 0):
-            lines += self._read_zeros(16 * q // group)
+        bits, size, lines = self._layout.bits, self._layout.group, []
+        if self._layout.has_zeros and size and (begins or 16 * q % size == 0):
+            lines += self._read_zeros(16 * q // size)
         if bits in (4, 8):
             own = [[words[q % 4]]] if bits == 4 else [[word] for word in words[2 * (q % 4) : 2 * (q % 4) + 2]]
         else:

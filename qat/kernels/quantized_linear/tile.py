@@ -30,7 +30,7 @@ SELECT_FIRST, SELECT_SECOND = 0x3210, 0x7654
 def tile(layout: Layout, real: Real, number: int, halved: bool, wide_scales: bool, one_table: bool) -> Assembly:
     """The values of tile `number` of a step, or of half a step.
 
-    Operands are tensors of four registers a lane. Results: a0, a1, a2, a3, of which register q is that of instruction q.
+    Operands are tensors of four registers a lane. Results: a0 ... a3, of which register q is that of instruction q.
     Then the chunks that hold the tile, of 8 bits two, of 3 bits one with low and one with high bits, else one; the
     scales and zero points of the step and the tables, as `step` takes them; and, where `halved`, what selects a half.
 

@@ -5,16 +5,19 @@ tile is decoded where it is loaded to, and multiplied from there; only x goes th
 that of the instruction (`tiles.py`), and x is put into it once, which is a copy of x and not of the weight.
 
 A program goes through its columns by steps of 256 or by halves of them: so what a lane loads at a time is 16 bytes,
-scales included, and barriers and addresses are paid once for two or four tiles. They are one product, which the compiler
-takes apart into instructions of 16 columns each, and starts them as soon as their own columns are decoded: so a tensor
-core multiplies while the next columns are decoded, those of the next step too.
+scales included, and barriers and addresses are paid once for two or four tiles. They are one product, which Triton 3.6
+takes apart into instructions of 16 columns that do not wait for each other: a tensor core multiplies while the next
+columns are decoded, those of the next step too. Several products of 64 columns would each wait for the one before.
+
+What reaches a multiprocessor from the second-level cache decides as much as decoding: for 64 tokens x is 128 bytes a
+column and 64 rows of 4 bits are 32. So tiles are tall, and rows of x need no masks, because x is copied anyway.
 
 Where a grid has too few programs, columns are split, and a second kernel adds the parts in their order.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803, RUF005, SIM108
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
+# ruff: noqa: N803, RUF005
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment,misc"
 
 import triton
 import triton.language as tl

@@ -1,6 +1,7 @@
-"""The kernels for many tokens, their assembly on the machine of `ptx.py`, equal the definition; see `test_interpreted.py`.
+"""The kernels for many tokens, their assembly on the machine of `ptx.py`, equal the definition.
 
-Products in float16: the interpreter has no arithmetic of bfloat16.
+`test_interpreted.py` runs this in a process with Triton's interpreter. Products are in float16, because the interpreter
+has no arithmetic of bfloat16.
 """
 
 import pytest

@@ -54,8 +54,9 @@ def test_threads_hold_four_consecutive_elements(layout, how):
 def test_weights_pass_from_registers_to_the_tensor_core(layout, how):
     """Decoding has the layout in which words are loaded, and nothing is stored to shared memory to change it."""
     made = compiled_wide(layout, how)
-    layouts = dict(re.findall(r"(#\w+) = #ttg.blocked<{(.*?)}>", made.asm["ttgir"]))
-    found = re.findall(r"elementwise_inline_asm .*?packed_element = 4.*? -> tensor<\d+x128xi32, (#\w+)>", made.asm["ttgir"])
+    text = made.asm["ttgir"]
+    layouts = dict(re.findall(r"(#\w+) = #ttg.blocked<{(.*?)}>", text))
+    found = re.findall(r"elementwise_inline_asm .*?packed_element = 4.*? -> tensor<\d+x128xi32, (#\w+)>", text)
     assert len(found) == how.depth
     for name in found:
         assert layouts[name].startswith("sizePerThread = [1, 4], threadsPerWarp = [1, 32]"), layouts[name]
@@ -65,7 +66,9 @@ def test_weights_pass_from_registers_to_the_tensor_core(layout, how):
     assert "st.local" not in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("how", [Wide(), Wide(64, 64, depth=4), Wide(128, 256, warps=8), Wide(256, 128, warps=8)], ids=str)
+@pytest.mark.parametrize(
+    "how", [Wide(), Wide(64, 64, depth=4), Wide(128, 256, warps=8), Wide(256, 128, warps=8)], ids=str
+)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_shared_memory_is_what_the_rule_thinks(how, bits):
     layout = Layout(4096, 4096, bits, center=0, group=64)
