@@ -250,7 +250,7 @@ def candidates(tokens: int) -> Iterator[Choice]:
 def wide_candidates(tokens: int) -> Iterator[Wide]:
     """Tiles no broader than the tokens fill; columns are split only where few programs would run."""
     for how in choices.SHAPES:
-        if how.tokens < 2 * tokens and (how.tokens >= 128 or tokens <= 128):
+        if how.tokens < 2 * tokens and tokens <= max(2 * how.tokens, 16) or how.tokens >= 128 and tokens > 128:
             for splits in (1, 2, 4) if tokens <= 256 else (1,):
                 yield how._replace(splits=splits)
                 if how.tokens <= 64:

@@ -54,7 +54,7 @@ Choice = Skinny | Ring | Wide | Dequantize
 
 # (rows, columns, bits, kind) -> ((up to so many tokens, choice), ...), from `python -m benchmarks.kernels --tune`.
 MEASURED: dict[tuple[int, int, int, str], tuple[tuple[int, Choice], ...]] = {
-    (8192, 8192, 4, INTEGERS): ((1, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
+    (8192, 8192, 4, INTEGERS): ((8, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
 }
 
 # What a program may have of a multiprocessor's shared memory.
@@ -68,9 +68,10 @@ _LAUNCH_US, _FILL_US = 1.5, 1.5
 # Tiles of `Wide` that compile without spilling registers. Tall ones read x less often, broad ones decode less often;
 # where four warps hold 128 rows, or eight 256, what is not decoding costs half as much a weight.
 SHAPES = (
-    *(Wide(rows, tokens, stages=4) for rows, tokens in ((64, 32), (64, 64), (128, 64))),
-    *(Wide(256, tokens, stages=4, warps=8) for tokens in (32, 64)),
-    *(Wide(64, 128), Wide(128, 128, warps=8), Wide(128, 256, warps=8), Wide(256, 128, warps=8)),
+    *(Wide(rows, tokens, stages=6) for tokens in (16, 32) for rows in (64, 128)),
+    *(Wide(rows, 64, stages=4) for rows in (64, 128)),
+    *(Wide(256, 64, stages=4, warps=8), Wide(64, 128)),
+    *(Wide(rows, tokens, warps=8) for rows, tokens in ((128, 128), (128, 256), (256, 128))),
 )
 
 

@@ -5,7 +5,8 @@ as the dequantized matrix has. Against sums by scales that is half an instructio
 to wait for a sum, so that the tensor core works on while the next tile is decoded.
 
 It is one statement of inline assembly for a tile, on tensors whose threads hold four consecutive elements each, as in
-`step.py`: so all operands have one layout, and the compiler has no reason to exchange words between lanes.
+`step.py`. Triton lays tensors out as they are loaded, so all that a statement reads must be loaded by 16 bytes a lane:
+one operand that is not, and the others are moved to its layout, in which four elements of a thread are no neighbours.
 """
 
 from functools import lru_cache
@@ -24,6 +25,20 @@ from qat.kernels.quantized_linear.step import (
 
 # Selectors of prmt: the first of two words, or the second.
 SELECT_FIRST, SELECT_SECOND = 0x3210, 0x7654
+
+# One of the four words of a tensor, four times: operands are the words and selectors by the index's low and high bit.
+PICK = Assembly(
+    """{
+.reg .b32 _low, _high;
+prmt.b32 _low, $4, $5, $8;
+prmt.b32 _high, $6, $7, $8;
+prmt.b32 $0, _low, _high, $12;
+mov.b32 $1, $0;
+mov.b32 $2, $0;
+mov.b32 $3, $0;
+}""",
+    ",".join(["=&r"] * 4 + ["r"] * 12),
+)
 
 
 @lru_cache

@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 
 from qat.kernels.quantized_linear.skinny import quadruples
-from qat.kernels.quantized_linear.tile import SELECT_FIRST, SELECT_SECOND
+from qat.kernels.quantized_linear.tile import PICK, SELECT_FIRST, SELECT_SECOND
 
 _FIRST, _SECOND = tl.constexpr(SELECT_FIRST), tl.constexpr(SELECT_SECOND)
-_FOUR = tl.constexpr((tl.int32,) * 4)
+_PICK_TEXT, _PICK_CONSTRAINTS = tl.constexpr(PICK.text), tl.constexpr(PICK.constraints)
+_ONE, _FOUR = tl.constexpr((tl.int32,)), tl.constexpr((tl.int32,) * 4)
 # Blocks of tokens whose programs follow each other, so that those that run at the same time share x and weights: a
 # block of x is some eight times as long as the codes of a block of rows, so few of x and many of the weight.
 _TOGETHER = tl.constexpr(4)
@@ -79,6 +80,15 @@ def params_of_step(
 
 
 @triton.jit
+def zeros_of_rows(zero, tile, word):
+    """The zero points of rows g and g + 8, `[tiles, 128]`: of four lanes g at a time, for the sake of 16 bytes."""
+    four = tl.load(zero + tile * 8 + word // 64 * 4 + word % 4)
+    g = word // 16 + tile * 0
+    low, high = g % 2 * (_SECOND - _FIRST) + _FIRST, g // 2 % 2 * (_SECOND - _FIRST) + _FIRST
+    return tl.inline_asm_elementwise(_PICK_TEXT, _PICK_CONSTRAINTS, (four, low, high), dtype=_ONE, is_pure=True, pack=4)
+
+
+@triton.jit
 def constants_of_rows(
     zero,
     table,
@@ -91,7 +101,7 @@ def constants_of_rows(
     """What is the same for all columns: zero points of rows and tables, `[tiles, 128]` each."""
     found = ()
     if ZERO_OF_ROW:
-        found = found + quadruples(zero + tile * 8 + word // 16, word, True, 1, False)
+        found = found + zeros_of_rows(zero, tile, word)
     if TABLE_WORDS:
         found = found + tables_of_tiles(table, tile, word, TABLE_WORDS, ONE_TABLE)
     return found
@@ -205,7 +215,7 @@ def wide(
         chunks = codes_of_tiles(codes, tile, word, part, DEPTH, BITS, CHUNKS)
         others = params_of_step(scale, zero, tile, word, part * DEPTH // 4, STEPS, SCALE_WORDS, ZERO_WORDS) + constant
         if DEPTH == 2:
-            others = others + (word * 0 + tile * 0 + (_FIRST + part % 2 * (_SECOND - _FIRST)),)
+            others = others + (word * 0 + tile * 0 + (part % 2 * (_SECOND - _FIRST) + _FIRST),)
         w = values_of_tiles(chunks, others, DEPTH, TEXTS, CONSTRAINTS, BITS, x.dtype.element_ty, ROWS)
         total = tl.dot(w, own_x, total)
     row = own_rows * ROWS + tl.arange(0, ROWS)
