@@ -250,7 +250,8 @@ def candidates(tokens: int) -> Iterator[Choice]:
 def wide_candidates(tokens: int) -> Iterator[Wide]:
     """Tiles no broader than the tokens fill; columns are split only where few programs would run."""
     for how in choices.SHAPES:
-        if how.tokens < 2 * tokens and tokens <= max(2 * how.tokens, 16) or how.tokens >= 128 and tokens > 128:
+        fits = how.tokens >= 128 if tokens > 128 else tokens / 2 <= how.tokens < 2 * tokens
+        if fits:
             for splits in (1, 2, 4) if tokens <= 256 else (1,):
                 yield how._replace(splits=splits)
                 if how.tokens <= 64:

@@ -82,10 +82,12 @@ def params_of_step(
 @triton.jit
 def zeros_of_rows(zero, tile, word):
     """The zero points of rows g and g + 8, `[tiles, 128]`: of four lanes g at a time, for the sake of 16 bytes."""
-    four = tl.load(zero + tile * 8 + word // 64 * 4 + word % 4)
+    words = tl.load(zero + tile * 8 + word // 64 * 4 + word % 4)
     g = word // 16 + tile * 0
     low, high = g % 2 * (_SECOND - _FIRST) + _FIRST, g // 2 % 2 * (_SECOND - _FIRST) + _FIRST
-    return tl.inline_asm_elementwise(_PICK_TEXT, _PICK_CONSTRAINTS, (four, low, high), dtype=_ONE, is_pure=True, pack=4)
+    words = (words, low, high)
+    own = tl.inline_asm_elementwise(_PICK_TEXT, _PICK_CONSTRAINTS, words, dtype=_ONE, is_pure=True, pack=4)
+    return (own[0],)
 
 
 @triton.jit
