@@ -241,13 +241,22 @@ def candidates(tokens: int) -> Iterator[Choice]:
                 if registers * warps * 32 <= 65536:
                     yield from (Skinny(warps, warps_k, registers, ahead) for ahead in (False, True))
                     yield from (Ring(warps, warps_k, registers, stages) for stages in (2, 3, 4))
-    if 8 < tokens <= 512:
-        for splits in (1, 2, 4):
-            for wide in (16, 32, 64, 128):
-                if wide < 2 * tokens or wide == 16:
-                    yield from (Wide(64, wide, splits, stages) for stages in (2, 3, 4))
+    if tokens > 8:
+        yield from wide_candidates(tokens)
     if tokens >= 64:
         yield Dequantize()
+
+
+def wide_candidates(tokens: int) -> Iterator[Wide]:
+    """Tiles no broader than the tokens fill; columns are split only where few programs would run."""
+    for how in choices.SHAPES:
+        fits = how.tokens >= 128 if tokens > 128 else tokens / 2 <= how.tokens < 2 * tokens
+        if fits:
+            for splits in (1, 2, 4) if tokens <= 256 else (1,):
+                yield how._replace(splits=splits)
+                if how.tokens <= 64:
+                    yield how._replace(splits=splits, stages=6)
+                    yield how._replace(splits=splits, stages=3, depth=4)
 
 
 def tune(names: list[str], shapes: list[Any], tokens: list[int]) -> None:

@@ -25,6 +25,9 @@ WAYS = {
     "ring, three slots": Ring(2, 1, 168, 3),
     "wide": Wide(64, 16),
     "wide, split": Wide(64, 64, 4),
+    "wide, whole steps": Wide(64, 32, depth=4),
+    "wide, tall": Wide(128, 64, 2, stages=4),
+    "wide, eight warps": Wide(128, 128, warps=8),
     "matrix": Dequantize(),
 }
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -91,6 +94,18 @@ def test_any_number_of_tokens(kind, tokens):
     assert y.shape == (tokens, 512)
     if tokens:
         check(q, x, bias, y)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5], KINDS[10], KINDS[15]], ids=ids)
+@pytest.mark.parametrize("how", [*choices.SHAPES, Wide(64, 64, depth=4), Wide(128, 64, 4)], ids=str)
+def test_every_tile_of_many_tokens(how, kind, way):
+    """More blocks of tokens than are grouped, the last of them not whole, and rows that end within a tile."""
+    way(how)
+    q, x, bias = case(kind, (1000, 1600), 5 * how.tokens - 3, torch.bfloat16)
+    weight = tiled(q)
+    first = ops.quantized_linear(x, weight, bias)
+    check(q, x, bias, first)
+    assert torch.equal(ops.quantized_linear(x, weight, bias), first)
 
 
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)

@@ -19,7 +19,7 @@ from qat.kernels.quantized_linear.decode import Offsets, Real, Table
 from qat.kernels.quantized_linear.layout import GRID_TABLE, Layout
 from qat.kernels.quantized_linear.tiles import CHUNK, STEP_COLUMNS, TILE_COLUMNS
 
-_TILES = STEP_COLUMNS // TILE_COLUMNS
+TILES = STEP_COLUMNS // TILE_COLUMNS
 
 
 class Assembly(NamedTuple):
@@ -29,7 +29,7 @@ class Assembly(NamedTuple):
     constraints: str
 
 
-class _Operands:
+class Operands:
     """Numbers operands in the order in which they are asked for."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ def step(
         ring: whether codes, scales and zero points are no operands but in shared memory; in their place is one tensor
             with the address of the lane's 16 bytes of the first chunk. Others follow it, 512 bytes apart.
     """
-    operands = _Operands()
+    operands = Operands()
     totals = [operands.four("=&f") for _ in range(token_tiles)]
     before = [operands.four("f") for _ in range(token_tiles)]
     lines = ["{", ".reg .f32 none, scale_g, scale_h;", "mov.f32 none, 0f00000000;"]
@@ -67,7 +67,7 @@ def step(
     scale_words, zero_words = words_of_scales(layout, wide_scales), words_of_zeros(layout)
     address = operands.four()[0] if ring else ""
     chunks = [] if ring else [operands.four() for _ in range(layout.bits)]
-    x = [[operands.four() + operands.four() for _ in range(token_tiles)] for _ in range(_TILES)]
+    x = [[operands.four() + operands.four() for _ in range(token_tiles)] for _ in range(TILES)]
     if ring:
         names, loads = _from_ring(
             address, layout.bits + -(-scale_words // 4) + -(-zero_words // 4) * bool(layout.group)
@@ -79,17 +79,17 @@ def step(
         if zero_words and not layout.group:
             zeros = operands.four()
     else:
-        scales, zeros = _quadruples(operands, scale_words), _quadruples(operands, zero_words)
-    tables = [_table(layout, operands) for _ in range(1 if one_table else 2)] if layout.tables else []
+        scales, zeros = word_operands(operands, scale_words), word_operands(operands, zero_words)
+    tables = [table_operands(layout, operands) for _ in range(1 if one_table else 2)] if layout.tables else []
     for total, old in zip(totals, before, strict=True):
         lines += [f"mov.f32 {to}, {of};" for to, of in zip(total, old, strict=True)]
     sums = totals if not layout.group else [[f"p{n}_{i}" for i in range(4)] for n in range(token_tiles)]
     if layout.group:
         lines.append(f".reg .f32 {', '.join(name for four in sums for name in four)};")
-    lookup = _Lookup(layout, real, zeros, tables * (2 // max(1, len(tables))))
+    lookup = Lookup(layout, real, zeros, tables * (2 // max(1, len(tables))))
     lines += lookup.constants()
     every = (layout.group or STEP_COLUMNS * STEP_COLUMNS) // 16
-    for q in range(4 * _TILES):
+    for q in range(4 * TILES):
         lines += lookup.fragments(q, _words(chunks, q // 4, layout.bits))
         a = ", ".join(lookup.outs(q))
         for n, four in enumerate(sums):
@@ -117,7 +117,7 @@ def words_of_zeros(layout: Layout) -> int:
     return (STEP_COLUMNS // layout.group if layout.group else 1) if layout.has_zeros else 0
 
 
-def _quadruples(operands: _Operands, words: int) -> list[str]:
+def word_operands(operands: Operands, words: int) -> list[str]:
     """Registers of `words` words; fewer than four are repeated by who loads them."""
     return [name for _ in range(-(-words // 4)) for name in operands.four()]
 
@@ -131,8 +131,9 @@ def _from_ring(address: str, count: int) -> tuple[list[list[str]], list[str]]:
     return quadruples, lines
 
 
-def _table(layout: Layout, operands: _Operands) -> Table:
-    names, each = _quadruples(operands, layout.table_words), 2**layout.bits // 4
+def table_operands(layout: Layout, operands: Operands) -> Table:
+    """Registers of a table, without those that fill it up."""
+    names, each = word_operands(operands, layout.table_words), 2**layout.bits // 4
     return Table(names[:each], () if layout.kind == GRID_TABLE else names[each : 2 * each])
 
 
@@ -157,7 +158,7 @@ def _scale(words: list[str], group: int, wide: bool) -> list[str]:
     ]
 
 
-class _Lookup:
+class Lookup:
     """Decodes the fragments of one instruction after another.
 
     Args:
@@ -184,11 +185,14 @@ class _Lookup:
         first = 4 * (q % 2) if self._layout.bits in (2, 3) else 0
         return [f"a{first + i}" for i in range(4)]
 
-    def fragments(self, q: int, words: list[str]) -> list[str]:
-        """Decode what instruction q needs and has not yet, from the words of its tile."""
-        bits, lines = self._layout.bits, []
-        if self._layout.has_zeros and self._layout.group and 16 * q % self._layout.group == 0:
-            lines += self._read_zeros(16 * q // self._layout.group)
+    def fragments(self, q: int, words: list[str], begins: bool = False) -> list[str]:
+        """Decode what instruction q needs and has not yet, from the words of its tile.
+
+        `begins`: whether nothing before q was decoded, so that q's group may have begun earlier.
+        """
+        bits, size, lines = self._layout.bits, self._layout.group, []
+        if self._layout.has_zeros and size and (begins or 16 * q % size == 0):
+            lines += self._read_zeros(16 * q // size)
         if bits in (4, 8):
             own = [[words[q % 4]]] if bits == 4 else [[word] for word in words[2 * (q % 4) : 2 * (q % 4) + 2]]
         else:

@@ -4,230 +4,165 @@ A weight in tile order is what a tensor core takes from registers, for wgmma as 
 tile is decoded where it is loaded to, and multiplied from there; only x goes through shared memory. The order of k is
 that of the instruction (`tiles.py`), and x is put into it once, which is a copy of x and not of the weight.
 
-Here scales multiply values, and what is multiplied is rounded to the type of x: the same numbers as `dequantize` makes.
-With more tokens it costs less than scaling sums, for which each group would have to wait for its own.
+A program goes through its columns by steps of 256 or by halves of them: so what a lane loads at a time is 16 bytes,
+scales included, and barriers and addresses are paid once for two or four tiles. They are one product, which Triton 3.6
+takes apart into instructions of 16 columns that do not wait for each other: a tensor core multiplies while the next
+columns are decoded, those of the next step too. Several products of 64 columns would each wait for the one before.
+
+What reaches a multiprocessor from the second-level cache decides as much as decoding: for 64 tokens x is 128 bytes a
+column and 64 rows of 4 bits are 32. So tiles are tall, and rows of x need no masks, because x is copied anyway.
 
 Where a grid has too few programs, columns are split, and a second kernel adds the parts in their order.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803, RUF005, SIM108
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
+# ruff: noqa: N803, RUF005
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code="assignment,misc"
 
 import triton
 import triton.language as tl
 
-_INTS = tl.constexpr(tuple((tl.int32,) * count for count in range(9)))
+from qat.kernels.quantized_linear.skinny import quadruples
+from qat.kernels.quantized_linear.tile import PICK, SELECT_FIRST, SELECT_SECOND
+
+_FIRST, _SECOND = tl.constexpr(SELECT_FIRST), tl.constexpr(SELECT_SECOND)
+_PICK_TEXT, _PICK_CONSTRAINTS = tl.constexpr(PICK.text), tl.constexpr(PICK.constraints)
+_ONE, _FOUR = tl.constexpr((tl.int32,)), tl.constexpr((tl.int32,) * 4)
+# Blocks of tokens whose programs follow each other, so that those that run at the same time share x and weights: a
+# block of x is some eight times as long as the codes of a block of rows, so few of x and many of the weight.
+_TOGETHER = tl.constexpr(4)
 
 
 @triton.jit
-def _pair_halves(pairs, like):
-    """Pairs in words as two tensors, from the low halves and from the high ones."""
-    low = (pairs & 0xFFFF).to(tl.int16).to(like, bitcast=True)
-    high = (pairs >> 16).to(tl.int16).to(like, bitcast=True)
-    return tl.join(low, high)
-
-
-@triton.jit
-def _plain(codes, values, row, CENTER: tl.constexpr, ENTRIES: tl.constexpr, ONE_TABLE: tl.constexpr):
-    """What codes stand for, without assembly: for the interpreter."""
-    if ENTRIES == 0:
-        found = (codes - CENTER).to(values.dtype.element_ty)
+def tables_of_tiles(table, tile, word, TABLE_WORDS: tl.constexpr, ONE_TABLE: tl.constexpr):
+    """As `skinny.tables_of_row`, for several rows of tiles: `[tiles, 128]` each."""
+    g = word // 16
+    if ONE_TABLE:
+        found = quadruples(table + g * TABLE_WORDS + tile * 0, word, True, TABLE_WORDS, False)
     else:
-        found = tl.load(values + (codes if ONE_TABLE else row * ENTRIES + codes))
+        own = table + (tile * 16 + g) * TABLE_WORDS
+        found = quadruples(own, word, True, TABLE_WORDS, False)
+        found = found + quadruples(own + 8 * TABLE_WORDS, word, True, TABLE_WORDS, False)
     return found
 
 
 @triton.jit
-def _pairs(
-    low,
-    high,
-    tables,
-    values,
-    row,
-    second,
-    TEXT: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
-    BITS: tl.constexpr,
-    CENTER: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    ONE_TABLE: tl.constexpr,
-):
-    """Values of the codes in words: for each register of an instruction a tensor `[..., 2]`."""
-    count: tl.constexpr = 2 if BITS == 8 else 4 if BITS == 4 else 8
-    like: tl.constexpr = values.dtype.element_ty
+def codes_of_tiles(codes, tile, word, part, DEPTH: tl.constexpr, BITS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The chunks of DEPTH tiles, `[tiles, 128]` each; the last instead of those behind it, which meet zeros of x."""
     found = ()
-    if TEXT != "":
-        operands = (low,)
-        if BITS == 3:
-            operands = (low, high >> second)
-        words = tl.inline_asm_elementwise(
-            TEXT, CONSTRAINTS, operands + tables, dtype=_INTS[count], is_pure=True, pack=1
-        )
-        for i in tl.static_range(count):
-            found = found + (_pair_halves(words[i], like),)
+    row = codes + tile * (CHUNKS * 128) + word
+    if BITS == 3:  # two of low bits, which may be two tiles more than are wanted, and one of high bits
+        step = part * DEPTH // 4
+        for i in tl.static_range(DEPTH // 2):
+            found = found + (tl.load(row + (step * 3 + part * DEPTH % 4 // 2 + i) * 128),)
+        found = found + (tl.load(row + (step * 3 + 2) * 128),)
     else:
-        for i in tl.static_range(count):
-            first = _code(low, high, second, i, 0, BITS, ENTRIES != 0)
-            other = _code(low, high, second, i, 1, BITS, ENTRIES != 0)
-            first = _plain(first, values, row + i % 2 * 8, CENTER, ENTRIES, ONE_TABLE)
-            other = _plain(other, values, row + i % 2 * 8, CENTER, ENTRIES, ONE_TABLE)
-            found = found + (tl.join(first, other),)
+        for i in tl.static_range(DEPTH * BITS // 4):
+            chunk = part * (DEPTH * BITS // 4) + i
+            if CHUNKS % (DEPTH * BITS // 4) != 0:
+                chunk = tl.minimum(chunk, CHUNKS - 1)
+            found = found + (tl.load(row + chunk * 128),)
     return found
 
 
 @triton.jit
-def _code(low, high, second, i: tl.constexpr, w: tl.constexpr, BITS: tl.constexpr, TABLES: tl.constexpr):
-    """The code of half w of pair i; see `tiles._Plane.bit`."""
-    h: tl.constexpr = i % 2
-    e: tl.constexpr = i % 4 // 2 * 2 + w
-    s: tl.constexpr = i // 4
-    width: tl.constexpr = 2 if BITS == 3 else BITS
-    place: tl.constexpr = 16 * h + 4 * e + 2 * s if TABLES else width * i + 16 * w
-    code = (low >> place) & (2**width - 1)
-    if BITS == 3:
-        top: tl.constexpr = 4 * (4 * h + e) + 2 - 2 * s if TABLES else (2 * i + 2) % 16 + 16 * w
-        code = code | ((high >> (top + second)) & 1) << 2
-    return code
-
-
-@triton.jit
-def tile_values(
-    codes,
-    tables,
-    values,
-    tile,
-    k,
-    TEXT: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
-    BITS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CENTER: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    ONE_TABLE: tl.constexpr,
-    ROWS: tl.constexpr,
+def params_of_step(
+    scale, zero, tile, word, step, STEPS: tl.constexpr, SCALE_WORDS: tl.constexpr, ZERO_WORDS: tl.constexpr
 ):
-    """Values without their scales of rows of tiles `tile` `[ROWS / 16]`, tile k: `[ROWS, 64]` in its order of k.
-
-    Words are loaded as `[tiles, words of 32 lanes]`, so that the compiler gives a lane those that are its own, and the
-    lanes of a warp a tile: then nothing has to move before the tensor core takes it.
-    """
-    tiles: tl.constexpr = ROWS // 16
-    each: tl.constexpr = 2 if BITS <= 3 else 4
-    word = tl.arange(0, 32 * each)[None, :]
-    own = word // each * 4 + word % each  # of the lane's four words of a chunk, the first `each`
-    row = tile[:, None] * 16 + word // (4 * each)
-    base = codes + (tile * (CHUNKS * 128))[:, None]
-    if BITS == 8:  # words: q mod 2, v; a chunk for each q div 2
-        low, high = tl.load(base + 2 * k * 128 + own), tl.load(base + 2 * k * 128 + 128 + own)
-        a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        b = _pairs(high, high, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        both = tl.join(tl.join(a[0], b[0]), tl.join(a[1], b[1]))
-        both = tl.reshape(both, [tiles, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q mod 2, v w, q div 2, h
-        w = tl.permute(both, (0, 7, 1, 6, 3, 4, 2, 5))
-    elif BITS == 4:  # words: q
-        low = tl.load(base + k * 128 + own)
-        a = _pairs(low, low, tables, values, row, 0, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        both = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
-        both = tl.reshape(both, [tiles, 8, 4, 4, 2, 2, 2])  # tile g t q w v h
-        w = tl.permute(both, (0, 6, 1, 3, 5, 2, 4))
-    else:  # words: q div 2
-        unit = k // 2 if BITS == 2 else k // 4 * 3 + k % 4 // 2
-        low = tl.load(base + unit * 128 + k % 2 * 2 + own)
-        high = low
-        if BITS == 3:
-            high = tl.load(base + (k // 4 * 3 + 2) * 128 + k % 4 + word // each * 4)
-        a = _pairs(low, high, tables, values, row, word % each, TEXT, CONSTRAINTS, BITS, CENTER, ENTRIES, ONE_TABLE)
-        first = tl.join(tl.join(a[0], a[2]), tl.join(a[1], a[3]))
-        second = tl.join(tl.join(a[4], a[6]), tl.join(a[5], a[7]))
-        both = tl.reshape(tl.join(first, second), [tiles, 8, 4, 2, 2, 2, 2, 2])  # tile g t, q div 2, w v h, q mod 2
-        w = tl.permute(both, (0, 6, 1, 3, 7, 5, 2, 4))
-    return tl.reshape(w, [ROWS, 64])
-
-
-@triton.jit
-def _of_group(words, row, step, group, STEPS: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr):
-    """The bits of a scale or a zero point of rows: 16 of them, or 32 where WIDE."""
-    at = words + (row // 16 * (STEPS * 8) + step * 8 + row % 8) * WORDS
-    half = row % 16 // 8
-    if WIDE:
-        bits = tl.load(at + 2 * group + half)
-    else:
-        bits = tl.load(at + group) >> (half * 16)
-    return bits
-
-
-@triton.jit
-def _of_groups(
-    w,
-    scale,
-    zero,
-    row,
-    k,
-    group,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    ZERO_WORDS: tl.constexpr,
-):
-    """(w - zero point) * scale, for rows and groups that are the dimensions of w but the last."""
-    like: tl.constexpr = w.dtype
+    """Scales and zero points of a step, where groups have them: `[tiles, 128]` each."""
+    found = ()
+    lane = tile * (STEPS * 8) + step * 8 + word // 16
+    if SCALE_WORDS:
+        found = found + quadruples(scale + lane * SCALE_WORDS, word, True, SCALE_WORDS, False)
     if ZERO_WORDS:
-        z = _of_group(zero, row, k // 4, group, STEPS, ZERO_WORDS, False) & 0xFFFF
-        w = w - tl.expand_dims(z.to(tl.float32).to(like), -1)
-    wide: tl.constexpr = SCALE_WORDS * GROUP != 256
-    bits = _of_group(scale, row, k // 4, group, STEPS, SCALE_WORDS, wide)
-    s = bits.to(tl.float32, bitcast=True) if wide else bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    if like == tl.float16:  # which does not hold the smallest scales
-        w = (w.to(tl.float32) * tl.expand_dims(s.to(tl.float32), -1)).to(like)
-    else:
-        w = w * tl.expand_dims(s.to(like), -1)
-    return w
+        found = found + quadruples(zero + lane * ZERO_WORDS, word, True, ZERO_WORDS, False)
+    return found
 
 
 @triton.jit
-def scaled(
-    w,
-    scale,
+def zeros_of_rows(zero, tile, word):
+    """The zero points of rows g and g + 8, `[tiles, 128]`: of four lanes g at a time, for the sake of 16 bytes."""
+    words = tl.load(zero + tile * 8 + word // 64 * 4 + word % 4)
+    g = word // 16 + tile * 0
+    low, high = g % 2 * (_SECOND - _FIRST) + _FIRST, g // 2 % 2 * (_SECOND - _FIRST) + _FIRST
+    words = (words, low, high)
+    own = tl.inline_asm_elementwise(_PICK_TEXT, _PICK_CONSTRAINTS, words, dtype=_ONE, is_pure=True, pack=4)
+    return (own[0],)
+
+
+@triton.jit
+def constants_of_rows(
     zero,
-    row,
-    k,
-    STEPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SCALE_WORDS: tl.constexpr,
-    ZERO_WORDS: tl.constexpr,
+    table,
+    tile,
+    word,
+    ZERO_OF_ROW: tl.constexpr,
+    TABLE_WORDS: tl.constexpr,
+    ONE_TABLE: tl.constexpr,
+):
+    """What is the same for all columns: zero points of rows and tables, `[tiles, 128]` each."""
+    found = ()
+    if ZERO_OF_ROW:
+        found = found + zeros_of_rows(zero, tile, word)
+    if TABLE_WORDS:
+        found = found + tables_of_tiles(table, tile, word, TABLE_WORDS, ONE_TABLE)
+    return found
+
+
+@triton.jit
+def values_of_tile(
+    chunks,
+    others,
+    NUMBER: tl.constexpr,
+    TEXTS: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    BITS: tl.constexpr,
+    LIKE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(w - zero point) * scale for a tile of `tile_values`; row scales are left to who stores."""
-    like: tl.constexpr = w.dtype
-    if GROUP == 0:
-        if ZERO_WORDS:
-            z = _of_group(zero, row, 0, 0, 1, 1, False) & 0xFFFF
-            w = w - z.to(tl.float32).to(like)[:, None]
-    elif GROUP == 32:
-        group = k % 4 * 2 + tl.arange(0, 2)[None, :]
-        halves = tl.reshape(w, [ROWS, 2, 32])
-        halves = _of_groups(halves, scale, zero, row[:, None], k, group, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS)
-        w = tl.reshape(halves, [ROWS, 64])
+    """Tile NUMBER of those whose chunks these are, `[ROWS, 64]` in its order of k: no word leaves its lane."""
+    if BITS == 8:
+        own = (chunks[2 * NUMBER], chunks[2 * NUMBER + 1])
+    elif BITS == 4:
+        own = (chunks[NUMBER],)
+    elif BITS == 3:
+        own = (chunks[NUMBER // 2], chunks[len(chunks) - 1])
     else:
-        group = k % 4 * 64 // GROUP
-        w = _of_groups(w, scale, zero, row, k, group, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS)
-    return w
+        own = (chunks[NUMBER // 2],)
+    a = tl.inline_asm_elementwise(TEXTS[NUMBER], CONSTRAINTS, own + others, dtype=_FOUR, is_pure=True, pack=4)
+    both = tl.join(tl.join(halves(a[0], LIKE), halves(a[2], LIKE)), tl.join(halves(a[1], LIKE), halves(a[3], LIKE)))
+    both = tl.reshape(both, [ROWS // 16, 8, 4, 4, 2, 2, 2])  # tile, g, t, q, w, v, h
+    return tl.reshape(tl.permute(both, (0, 6, 1, 3, 5, 2, 4)), [ROWS, 64])
 
 
 @triton.jit
-def tables_of_tiles(
-    table, tile, BITS: tl.constexpr, TABLE_WORDS: tl.constexpr, USED: tl.constexpr, ONE_TABLE: tl.constexpr
+def values_of_tiles(
+    chunks,
+    others,
+    DEPTH: tl.constexpr,
+    TEXTS: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    BITS: tl.constexpr,
+    LIKE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Words of tables of rows g, and where rows have their own, of rows g + 8: each shaped as the words of codes."""
-    each: tl.constexpr = 2 if BITS <= 3 else 4
-    g = tl.arange(0, 32 * each)[None, :] // (4 * each)
-    found = ()
-    for row in tl.static_range(1 if ONE_TABLE else 2):
-        own = g + tile[:, None] * 0 if ONE_TABLE else tile[:, None] * 16 + g + 8 * row
-        for word in tl.static_range(USED):
-            found = found + (tl.load(table + own * TABLE_WORDS + word),)
-    return found
+    """All of them side by side, `[ROWS, 64 DEPTH]`."""
+    w = ()
+    for i in tl.static_range(DEPTH):
+        w = w + (values_of_tile(chunks, others, i, TEXTS, CONSTRAINTS, BITS, LIKE, ROWS),)
+    if DEPTH == 2:
+        all = tl.permute(tl.join(w[0], w[1]), (0, 2, 1))
+    else:
+        all = tl.permute(tl.join(tl.join(w[0], w[2]), tl.join(w[1], w[3])), (0, 2, 3, 1))
+    return tl.reshape(all, [ROWS, 64 * DEPTH])
+
+
+@triton.jit
+def halves(pairs, LIKE: tl.constexpr):
+    """Pairs in words as `[..., 2]`, the low half first."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(LIKE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(LIKE, bitcast=True)
+    return tl.join(low, high)
 
 
 @triton.jit(do_not_specialize=["tokens", "tile_rows", "row_programs"])
@@ -238,58 +173,52 @@ def wide(
     zero,
     table,
     bias,
-    values,
     y,
     tokens,
     rows,
     tile_rows,
     row_programs,
-    TEXT: tl.constexpr,
+    TEXTS: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
-    CENTER: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    GROUP: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     ZERO_WORDS: tl.constexpr,
+    ZERO_OF_ROW: tl.constexpr,
     TABLE_WORDS: tl.constexpr,
-    TABLE_USED: tl.constexpr,
     ONE_TABLE: tl.constexpr,
+    SCALE_OF_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLITS: tl.constexpr,
+    DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A tile of ROWS outputs by TOKENS tokens, or its part of the columns.
 
     Args:
-        x: `[tokens, COLUMNS]` in the tensor core's order, whole tiles.
-        values: gives the type of values; without assembly also the tables.
+        x: `[whole tiles of tokens, 256 STEPS]` in the tensor core's order. What stands behind the last token is
+            multiplied, but not stored.
         y: `[tokens, rows]`; with SPLITS, parts `[SPLITS, tokens, rows]` in float32.
     """
-    program = tl.program_id(0)
-    own_rows, other = program % row_programs, program // row_programs
-    split, block = other % SPLITS, other // SPLITS
-    tile = tl.minimum(own_rows * (ROWS // 16) + tl.arange(0, ROWS // 16), tile_rows - 1)
-    row = tl.minimum(own_rows * ROWS + tl.arange(0, ROWS), tile_rows * 16 - 1)
+    own_rows, split, block = _place(tl.program_id(0), tokens, row_programs, TOKENS, SPLITS)
+    tile = tl.minimum(own_rows * (ROWS // 16) + tl.arange(0, ROWS // 16), tile_rows - 1)[:, None]
+    word = tl.arange(0, 128)[None, :]
     token = block * TOKENS + tl.arange(0, TOKENS)
-    tables = ()
-    if TEXT != "" and TABLE_USED > 0:
-        tables = tables_of_tiles(table, tile, BITS, TABLE_WORDS, TABLE_USED, ONE_TABLE)
-    each: tl.constexpr = (COLUMNS // 64 + SPLITS - 1) // SPLITS
-    column = tl.arange(0, 64)
+    here = x + token[None, :] * (STEPS * 256) + tl.arange(0, 64 * DEPTH)[:, None]
+    constant = constants_of_rows(zero, table, tile, word, ZERO_OF_ROW, TABLE_WORDS, ONE_TABLE)
+    parts: tl.constexpr = STEPS * 4 // DEPTH
+    each: tl.constexpr = (parts + SPLITS - 1) // SPLITS
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for k in tl.range(split * each, tl.minimum(split * each + each, COLUMNS // 64), num_stages=STAGES):
-        here = x + token[None, :] * COLUMNS + k * 64 + column[:, None]
-        own_x = tl.load(here, mask=(token < tokens)[None, :], other=0.0)
-        w = tile_values(
-            codes, tables, values, tile, k, TEXT, CONSTRAINTS, BITS, CHUNKS, CENTER, ENTRIES, ONE_TABLE, ROWS
-        )
-        w = scaled(w, scale, zero, row, k, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS, ROWS)
+    for part in tl.range(split * each, tl.minimum(split * each + each, parts), num_stages=STAGES):
+        own_x = tl.load(here + part * (64 * DEPTH))
+        chunks = codes_of_tiles(codes, tile, word, part, DEPTH, BITS, CHUNKS)
+        others = params_of_step(scale, zero, tile, word, part * DEPTH // 4, STEPS, SCALE_WORDS, ZERO_WORDS) + constant
+        if DEPTH == 2:
+            others = others + (word * 0 + tile * 0 + (part % 2 * (_SECOND - _FIRST) + _FIRST),)
+        w = values_of_tiles(chunks, others, DEPTH, TEXTS, CONSTRAINTS, BITS, x.dtype.element_ty, ROWS)
         total = tl.dot(w, own_x, total)
     row = own_rows * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (token < tokens)[None, :]
@@ -297,14 +226,25 @@ def wide(
     if SPLITS > 1:
         tl.store(y + split * (tokens * rows) + at, total, mask=inside)
     else:
-        total = finished(total, scale, bias, row[:, None], rows, GROUP, HAS_BIAS)
+        total = finished(total, scale, bias, row[:, None], rows, SCALE_OF_ROW, HAS_BIAS)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def finished(total, scale, bias, row, rows, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _place(program, tokens, row_programs, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
+    """Which rows, which part of the columns and which tokens: of _TOGETHER blocks of tokens the tokens fastest."""
+    blocks = (tokens + TOKENS - 1) // TOKENS
+    group = program // (_TOGETHER * SPLITS * row_programs)
+    within = program % (_TOGETHER * SPLITS * row_programs)
+    wide = tl.minimum(blocks - group * _TOGETHER, _TOGETHER)
+    other = within // wide
+    return other % row_programs, other // row_programs, group * _TOGETHER + within % wide
+
+
+@triton.jit
+def finished(total, scale, bias, row, rows, SCALE_OF_ROW: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Sums by the scales of rows, where groups have none, and bias."""
-    if GROUP == 0:
+    if SCALE_OF_ROW:
         total *= tl.load(scale + row, mask=row < rows, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
@@ -320,7 +260,7 @@ def sum_parts(
     tokens,
     rows,
     SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
+    SCALE_OF_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -330,7 +270,7 @@ def sum_parts(
     total = tl.zeros([WIDTH], tl.float32)
     for split in tl.static_range(SPLITS):
         total += tl.load(parts + split * (tokens * rows) + at, mask=inside, other=0.0)
-    total = finished(total, scale, bias, at % rows, rows, GROUP, HAS_BIAS)
+    total = finished(total, scale, bias, at % rows, rows, SCALE_OF_ROW, HAS_BIAS)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
@@ -340,43 +280,53 @@ def dequantize(
     scale,
     zero,
     table,
-    values,
     w,
     rows,
     tile_rows,
-    TEXT: tl.constexpr,
+    TEXTS: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
-    CENTER: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    GROUP: tl.constexpr,
     SCALE_WORDS: tl.constexpr,
     ZERO_WORDS: tl.constexpr,
+    ZERO_OF_ROW: tl.constexpr,
     TABLE_WORDS: tl.constexpr,
-    TABLE_USED: tl.constexpr,
     ONE_TABLE: tl.constexpr,
+    SCALE_OF_ROW: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The weight `[rows, COLUMNS]`, a tile of ROWS by 64 a program: each lane stores runs of eight columns."""
-    tiles: tl.constexpr = (COLUMNS + 63) // 64
-    program = tl.program_id(0)
-    k, own_rows = program % tiles, program // tiles
-    tile = tl.minimum(own_rows * (ROWS // 16) + tl.arange(0, ROWS // 16), tile_rows - 1)
-    row = tl.minimum(own_rows * ROWS + tl.arange(0, ROWS), tile_rows * 16 - 1)
-    tables = ()
-    if TEXT != "" and TABLE_USED > 0:
-        tables = tables_of_tiles(table, tile, BITS, TABLE_WORDS, TABLE_USED, ONE_TABLE)
-    own = tile_values(codes, tables, values, tile, k, TEXT, CONSTRAINTS, BITS, CHUNKS, CENTER, ENTRIES, ONE_TABLE, ROWS)
-    own = scaled(own, scale, zero, row, k, STEPS, GROUP, SCALE_WORDS, ZERO_WORDS, ROWS)
-    # Columns as 16 q + 8 v + 2 t + w become 32 (q div 2) + 8 t + 4 (q mod 2) + 2 v + w.
-    own = tl.permute(tl.reshape(own, [ROWS, 2, 2, 2, 4, 2]), (0, 1, 4, 2, 3, 5))
-    own = tl.reshape(own, [ROWS, 64])
+    """The weight `[rows, COLUMNS]`, ROWS by a step a program: each lane stores runs of eight columns, 16 bytes."""
+    step, own_rows = tl.program_id(0) % STEPS, tl.program_id(0) // STEPS
+    tile = tl.minimum(own_rows * (ROWS // 16) + tl.arange(0, ROWS // 16), tile_rows - 1)[:, None]
+    word = tl.arange(0, 128)[None, :]
     row = own_rows * ROWS + tl.arange(0, ROWS)
-    if GROUP == 0:
-        own = (own.to(tl.float32) * tl.load(scale + row, mask=row < rows, other=0.0)[:, None]).to(own.dtype)
-    column = k * 64 + tl.arange(0, 64)
-    at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-    tl.store(w + at, own, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :])
+    chunks = codes_of_tiles(codes, tile, word, step, 4, BITS, CHUNKS)
+    others = params_of_step(scale, zero, tile, word, step, STEPS, SCALE_WORDS, ZERO_WORDS)
+    others = others + constants_of_rows(zero, table, tile, word, ZERO_OF_ROW, TABLE_WORDS, ONE_TABLE)
+    for i in tl.static_range(4):
+        own = values_of_tile(chunks, others, i, TEXTS, CONSTRAINTS, BITS, w.dtype.element_ty, ROWS)
+        # Columns as 16 q + 8 v + 2 t + w become 32 (q div 2) + 8 t + 4 (q mod 2) + 2 v + w.
+        own = tl.permute(tl.reshape(own, [ROWS, 2, 2, 2, 4, 2]), (0, 1, 4, 2, 3, 5))
+        own = tl.reshape(own, [ROWS, 64])
+        if SCALE_OF_ROW:
+            of_row = tl.load(scale + row, mask=row < rows, other=0.0)
+            own = (own.to(tl.float32) * of_row[:, None]).to(own.dtype)
+        column = step * 256 + i * 64 + tl.arange(0, 64)
+        at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        tl.store(w + at, own, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :])
+
+
+@triton.jit
+def order(x, y, WORDS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """x `[tokens, WORDS]`, whose rows are STRIDE apart, in the tensor core's order, `[tokens, WIDTH]` with zeros.
+
+    In words of two columns: word 16 i + 4 t + 2 s + v of x is word 16 i + 8 s + 4 v + t of y.
+    """
+    blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    words = tl.load(x + token * STRIDE + at, mask=at < WORDS, other=0)
+    words = tl.permute(tl.reshape(words, [BLOCK // 16, 4, 2, 2]), (0, 2, 3, 1))
+    tl.store(y + token * WIDTH + at, tl.reshape(words, [BLOCK]), mask=at < WIDTH)

@@ -17,7 +17,7 @@ FLOAT = {tl.float32: np.float32, tl.int32: np.uint32}
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
     """As `tl.inline_asm_elementwise`, for tensors of 128 elements a warp."""
     assert pack == 4
-    asm, constraints = getattr(asm, "value", asm), getattr(constraints, "value", constraints)
+    asm, constraints, dtype = (getattr(own, "value", own) for own in (asm, constraints, dtype))
     names = [f"${i}" for i in range(len(constraints.split(",")))]
     outs, ins = names[: 4 * len(dtype)], names[4 * len(dtype) :]
     registers = dict.fromkeys(outs)
@@ -32,6 +32,7 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack, **_):
     results = []
     for i, kind in enumerate(dtype):
         data = np.stack([found[name] for name in outs[4 * i : 4 * i + 4]], axis=-1).reshape(-1)
+        data = data.reshape(args[0].handle.data.shape)
         results.append(tl.tensor(TensorHandle(data, kind.scalar), args[0].type))
     return tl.tuple(results)
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from tests.kernels.quantized_linear.ptx_floats import FROM_BITS, TO_BITS
+from tests.kernels.quantized_linear.ptx_floats import FROM_BITS, ROUND, TO_BITS
 
 WIDTHS = {"bf16x2": "bf16", "f16x2": "f16"}
 
@@ -29,10 +29,14 @@ def execute(statement, scopes, matrices):
         scopes.pop()
     elif statement.startswith(".reg"):
         _, kind, names = statement.split(maxsplit=2)
-        assert kind in (".b32", ".f32")
+        assert kind in (".b16", ".b32", ".f32")
         for name in names.split(","):
             assert name.strip() not in scopes[-1], f"{name} is declared twice"
             scopes[-1][name.strip()] = None
+    elif statement.startswith("mov.b32 {"):
+        low, high, source = re.fullmatch(r"mov.b32 {(\w+), (\w+)}, (\S+)", statement).groups()
+        for name, at in ((low, 0), (high, 16)):
+            write(name, as_bits(value(source, scopes)) >> np.uint32(at) & np.uint32(0xFFFF), scopes)
     elif "{" in statement:
         operation = statement.split(maxsplit=1)[0]
         vectors = [[name.strip() for name in vector.split(",")] for vector in re.findall(r"{(.*?)}", statement)]
@@ -104,6 +108,20 @@ def fma(kind):
     return compute
 
 
+def multiply(a, b):
+    """Two bfloat16 by two; float64 holds the products."""
+    halves = []
+    for at in (0, 16):
+        x, y = (FROM_BITS["bf16"](np.asarray(v >> np.uint32(at)) & np.uint32(0xFFFF)) for v in (a, b))
+        halves.append(ROUND["bf16"](x * y) << np.uint32(at))
+    return halves[0] | halves[1]
+
+
+def pair(kind):
+    """Two float32, the upper half first, rounded."""
+    return lambda high, low: ROUND[kind](as_float(low)) | ROUND[kind](as_float(high)) << np.uint32(16)
+
+
 OPERATIONS = {
     "mov.b32": as_bits,
     "mov.f32": as_float,
@@ -116,6 +134,11 @@ OPERATIONS = {
     "shr.u32": lambda a, b: a >> b,
     "lop3.b32": lop3,
     "prmt.b32": prmt,
+    "mul.rn.f32": lambda a, b: as_float(a) * as_float(b),
+    "mul.rn.bf16x2": multiply,
+    "cvt.f32.f16": lambda a: FROM_BITS["f16"](a).astype(np.float32),
+    "cvt.rn.bf16x2.f32": pair("bf16"),
+    "cvt.rn.f16x2.f32": pair("f16"),
     "fma.rn.bf16x2": fma("bf16"),
     "fma.rn.f16x2": fma("f16"),
 }

@@ -25,5 +25,17 @@ def to_f16(values):
     return half.view(np.uint16).astype(np.uint32)
 
 
+def round_bf16(values):
+    """To the nearest, of two as near the even one."""
+    bits = np.atleast_1d(values).astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return rounded.reshape(np.shape(values))
+
+
+def round_f16(values):
+    return np.asarray(values).astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
 FROM_BITS = {"bf16": from_bf16, "f16": from_f16}
 TO_BITS = {"bf16": to_bf16, "f16": to_f16}
+ROUND = {"bf16": round_bf16, "f16": round_f16}

@@ -5,8 +5,10 @@ import re
 import pytest
 import torch
 
-from qat.kernels.quantized_linear.choice import Ring, Skinny
+from qat.kernels.quantized_linear.choice import SHARED_BYTES, Ring, Skinny, Wide, shared_bytes
 from qat.kernels.quantized_linear.layout import TABLE, Layout
+from qat.kernels.quantized_linear.weight import tiled
+from tests.kernels.quantized_linear.weights import KINDS, ids, quantized
 
 triton = pytest.importorskip("triton")
 
@@ -47,9 +49,56 @@ def test_threads_hold_four_consecutive_elements(layout, how):
         assert layouts[name].startswith("sizePerThread = [4], threadsPerWarp = [32]"), text
 
 
-def test_weights_pass_from_registers_to_the_tensor_core():
-    constants = tiled_product._constants(LAYOUTS[0], torch.bfloat16, False, True)
-    sizes = {"COLUMNS": 4096, "HAS_BIAS": False, "ROWS": 64, "TOKENS": 64, "SPLITS": 1, "STAGES": 3}
-    made = compiled(wide.wide, constants | sizes, TYPES | {"x": "*bf16"}, num_warps=4)
-    assert "wgmma" in made.asm["ptx"]
-    assert "st.shared" not in made.asm["ptx"].split("wgmma")[0]
+@pytest.mark.parametrize("kind", KINDS, ids=ids)
+def test_all_that_a_tile_is_decoded_from_lies_as_its_words(kind):
+    """One operand that is loaded otherwise would take all to its layout, where the assembly reads others' words."""
+    weight = tiled(quantized(kind, (64, 256)))
+    one_table = weight.table is None or len(weight.table) == 1
+    layout, how = weight.layout._replace(rows=4096, columns=4096), Wide(128, 32)
+    constants = tiled_product.constants_of(layout, torch.bfloat16, False, one_table)
+    types = TYPES | {"x": "*bf16", "scale": "*i32" if layout.group else "*fp32"}
+    assert_own_words(compiled(wide.dequantize, constants | {"ROWS": 64, "COLUMNS": 4096}, types))
+    assert_own_words(compiled_wide(layout, how, one_table))
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], Layout(4096, 4096, 4, TABLE, group=64)], ids=["int4", "table of 16"])
+@pytest.mark.parametrize("how", [Wide(64, 64, depth=4), Wide(128, 256, warps=8), Wide(256, 128, warps=8)], ids=str)
+def test_weights_pass_from_registers_to_the_tensor_core(layout, how):
+    made = compiled_wide(layout, how, False)
+    assert_own_words(made)
+    before, after = made.asm["ptx"].split("wgmma.mma_async", 1)
+    assert "st.shared" not in before
+    assert "st.shared" not in after.rsplit("wgmma.mma_async", 1)[0]
+
+
+# Four neighbours in a thread and the threads of a warp in their order, as Triton writes it in either kind of layout.
+OWN_WORDS = (
+    "blocked<{sizePerThread = [1, 4], threadsPerWarp = [1, 32]",
+    "linear<{register = [[0, 1], [0, 2]], lane = [[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]]",
+)
+
+
+def assert_own_words(made):
+    text = made.asm["ttgir"]
+    layouts = dict(re.findall(r"(#\w+) = #ttg.(.*)", text))
+    found = re.findall(r"elementwise_inline_asm .*?packed_element = 4.*? -> tensor<\d+x128xi32, (#\w+)>", text)
+    assert found
+    for name in found:
+        assert layouts[name].startswith(OWN_WORDS), layouts[name]
+
+
+@pytest.mark.parametrize(
+    "how", [Wide(), Wide(64, 64, depth=4), Wide(128, 256, warps=8), Wide(256, 128, warps=8)], ids=str
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_shared_memory_is_what_the_rule_thinks(how, bits):
+    layout = Layout(4096, 4096, bits, center=0, group=64)
+    if shared_bytes(layout, how) <= SHARED_BYTES:
+        assert compiled_wide(layout, how).metadata.shared <= shared_bytes(layout, how)
+
+
+def compiled_wide(layout, how, one_table=True):
+    constants = tiled_product.constants_of(layout, torch.bfloat16, False, one_table, how.depth)
+    constants |= tiled_product.sizes_of(how) | {"HAS_BIAS": False}
+    types = TYPES | {"x": "*bf16", "scale": "*i32" if layout.group else "*fp32"}
+    return compiled(wide.wide, constants, types, num_warps=how.warps)

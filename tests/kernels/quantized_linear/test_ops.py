@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import ops, reference, weight
-from qat.kernels.quantized_linear.choice import MEASURED, Dequantize, Ring, Skinny, Wide, choice
+from qat.kernels.quantized_linear.choice import (
+    MEASURED,
+    SHARED_BYTES,
+    Dequantize,
+    Ring,
+    Skinny,
+    Wide,
+    choice,
+    shared_bytes,
+)
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
 from qat.numerics.qtensor import QParams
@@ -113,25 +122,36 @@ def test_a_compiler_sees_one_operator():
 
 def test_how_many_tokens_take_which_kernel(monkeypatch):
     layout = Layout(4096, 4096, 4, center=8, group=64)
-    kinds = [type(choice(layout, tokens)) for tokens in (1, 16, 17, 64, 128, 512)]
+    kinds = [type(choice(layout, tokens)) for tokens in (1, 16, 17, 64, 256, 8192)]
     assert kinds == [Skinny, Skinny, Wide, Wide, Wide, Dequantize]
     assert isinstance(choice(layout._replace(rows=14336), 1), Ring)
     monkeypatch.setitem(MEASURED, (4096, 4096, 4, layout.kind), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
     assert [choice(layout, tokens) for tokens in (3, 5)] == [Skinny(8, 8), Wide(64, 32)]
-    assert choice(layout, 512) == Dequantize()
+    assert choice(layout, 8192) == Dequantize()
+
+
+def test_the_rule_uses_the_processors():
+    """A few tokens of a small weight split its columns; many tokens of a large one have no need to."""
+    small = choice(Layout(4096, 4096, 4, center=8, group=64), 64)
+    assert 64 <= 4096 // small.rows * small.splits <= 264
+    large = choice(Layout(28672, 8192, 4, center=8, group=64), 512)
+    assert large.splits == 1
+    assert large.rows * large.tokens >= 128 * 128
 
 
 @pytest.mark.parametrize("columns", [64, 576, 1024, 4096, 14336])
-@pytest.mark.parametrize("tokens", [1, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 9, 33, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [0, 32, 64, 128])
 def test_what_the_rule_says_can_be_launched(columns, tokens, bits, group):
     ring = pytest.importorskip("qat.kernels.quantized_linear.ring")
-    how = choice(Layout(96 if columns < 4096 else 32768, columns, bits, center=0, group=group), tokens)
+    layout = Layout(96 if columns < 4096 else 32768, columns, bits, center=0, group=group)
+    how = choice(layout, tokens)
     if isinstance(how, Skinny | Ring):
         assert how.warps % how.warps_k == 0
         if isinstance(how, Ring):
             assert ring.ring_bytes(Layout(96, columns, bits, group=group), True, how) <= 44 * 1024
-    else:
-        assert how.tokens in (16, 32, 64)
-        assert columns >= 64 * how.splits
+    elif isinstance(how, Wide):
+        assert how.rows % (16 * how.warps) == 0
+        assert shared_bytes(layout, how) <= SHARED_BYTES
+        assert -(-columns // 256) * 4 // how.depth >= how.splits
