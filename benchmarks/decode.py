@@ -1,14 +1,15 @@
-"""How fast a packed Llama of eight billion parameters generates, beside the same model in bf16.
+"""How fast a packed Llama generates, beside the same model in bf16.
 
-    python -m benchmarks.decode                     needs a GPU of 40 GiB; writes results/decode.json; resumes
-    python -m benchmarks.decode --formats int4-g64 --contexts 512
+    python -m benchmarks.decode                     needs a GPU of 80 GB; writes results/decode.json; resumes
+    python -m benchmarks.decode --models 8b --formats int4-g64 --contexts 512
     python -m benchmarks.decode --tiny              the same code on a model of toy size, on any machine; writes nothing
 
-The model has the shape of Llama 3 8B (hidden 4096, 32 layers, 128 256 tokens, untied) and random weights. Linear layers
-of its blocks have the format, the embedding and the head 8 bits and a scale for every row; norms are bf16.
-All arms decode one token after the other for one sequence into a static cache, the model compiled, a step recorded as a
-CUDA graph; `tokens_per_s` is the median of five runs of 20 steps from `context` tokens on. A packed model is measured
-only if its logits agree with those of the model before packing.
+`8b` has the shape of Llama 3 8B (hidden 4096, 32 layers, 128 256 tokens, untied), `13b` that of LLaMA 13B, and
+`13b-structured` what is left of it without 80 % of its heads and channels, beside the whole in bf16. Weights are
+random. Linear layers of the blocks have the format, the embedding and the head 8 bits and a scale for every row; norms
+are bf16. All arms decode one token after the other for one sequence into a static cache, the model compiled, a step
+recorded as a CUDA graph; `tokens_per_s` is the median of five runs of 20 steps from `context` tokens on. A packed model
+is measured only if its logits agree with those of the model before packing.
 """
 
 import argparse
@@ -30,6 +31,13 @@ from qat.quantizers import MinMaxQuantizer, TableQuantizer
 
 _INT8 = partial(MinMaxQuantizer, bits=8, granularity="per_channel")
 BF16 = "bf16"
+_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "vocab_size": 32000}
+_13B |= {"num_attention_heads": 40, "head_dim": 128, "tie_word_embeddings": False}
+MODELS = {"8b": EIGHT | {"num_hidden_layers": 32}, "13b": _13B}
+# A fifth of the heads, and of the channels the nearest multiple of 128.
+MODELS["13b-structured"] = _13B | {"num_attention_heads": 8, "intermediate_size": 2816}
+_TOY = "toy"
+_CONFIGS = MODELS | {_TOY: TINY}
 FORMATS = {
     "int4-g64": partial(MinMaxQuantizer, bits=4, granularity="per_group_64"),
     "nf4-g64": partial(TableQuantizer, family="nf", bits=4, granularity="per_group_64", scale_dtype="bfloat16"),
@@ -43,53 +51,62 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--contexts", nargs="+", type=int, default=[512], help="tokens before the timed ones")
     parser.add_argument("--tiny", action="store_true", help="toy size, on any machine")
     parser.add_argument("--work", type=Path, default=Path("outputs/decode"), help="where figures are kept")
     options = parser.parse_args()
     if options.tiny:
-        figures = {format: measure(format, [64], True) for format in (BF16, *options.formats)}
+        options.models, options.contexts = [_TOY], [64]
     elif not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA GPU; --tiny runs the same code on a small model anywhere.")
-    else:
-        contexts = "-".join(map(str, options.contexts))
-        figures = {
-            format: kept(
-                options.work / f"{format}-{contexts}-{commit()}.json",
-                partial(measure, format, options.contexts, False),
-            )
-            for format in (BF16, *options.formats)
-        }
-    rows = [row for format in options.formats for row in rows_of(format, figures[BF16], figures[format])]
-    print(*rows, sep="\n", flush=True)
+
+    def figures(model: str, format: str) -> Row:
+        arm = partial(measure, model, format, options.contexts)
+        name = "-".join([model, format, *map(str, options.contexts), commit()])
+        found: Row = arm() if options.tiny else kept(options.work / f"{name}.json", arm)
+        return found
+
+    rows = []
+    for model in options.models:
+        reference = figures(model.removesuffix("-structured"), BF16)
+        for format in options.formats:
+            rows += rows_of(model, format, reference, figures(model, format))
+            print(rows[-1], flush=True)
     if not options.tiny:
-        command = f"python -m benchmarks.decode --formats {' '.join(options.formats)}"
-        record("decode", f"{command} --contexts {' '.join(map(str, options.contexts))}", rows, ("triton",))
+        record("decode", _command(options), rows, ("triton",))
 
 
-def rows_of(format: str, reference: Row, found: Row) -> list[Row]:
+def _command(options: argparse.Namespace) -> str:
+    named = {name: getattr(options, name) for name in ("models", "formats", "contexts")}
+    words = (f"--{name} {' '.join(map(str, values))}" for name, values in named.items())
+    return " ".join(["python -m benchmarks.decode", *words])
+
+
+def rows_of(model: str, format: str, reference: Row, found: Row) -> list[Row]:
     """One for each context."""
     rows = []
     for context, speed in found["tokens_per_s"].items():
-        row: Row = {"model": found["model"], "format": format, "batch": 1, "context": int(context)}
+        row: Row = {"model": model, "format": format, "batch": 1, "context": int(context)}
         row |= {"tokens_per_s": speed, "bf16_tokens_per_s": reference["tokens_per_s"][context]}
         row |= {"speedup": speed / row["bf16_tokens_per_s"], "rel_error": found["rel_error"]}
         rows.append(row | {"weights_gib": found["weights_gib"], "bf16_weights_gib": reference["weights_gib"]})
     return rows
 
 
-def measure(format: str, contexts: list[int], tiny: bool) -> Row:
+def measure(name: str, format: str, contexts: list[int]) -> Row:
     """Tokens a second by context and the size of the weights of one arm."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    config = LlamaConfig(**(TINY if tiny else EIGHT | {"num_hidden_layers": 32}), max_position_embeddings=2**17)
+    config = LlamaConfig(**_CONFIGS[name], max_position_embeddings=2**17)
     with device:
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     error = 0.0 if format == BF16 else packed(model, format)
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    row: Row = {"model": "toy" if tiny else "8b", "rel_error": error, "weights_gib": sum(held.values()) / 2**30}
-    compiled = torch.compile(model, backend="aot_eager" if tiny else "inductor", fullgraph=True, dynamic=False)
+    row: Row = {"rel_error": error, "weights_gib": sum(held.values()) / 2**30}
+    backend = "aot_eager" if name == _TOY else "inductor"
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     speeds = {str(context): tokens_per_s(model, compiled, context) for context in contexts}
     return row | {"tokens_per_s": speeds}
 

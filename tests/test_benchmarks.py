@@ -176,8 +176,8 @@ def test_loss(made):
 
 def test_decode(monkeypatch):
     monkeypatch.setattr(decode, "_STEPS", 2)
-    found = {format: decode.measure(format, [8], True) for format in (decode.BF16, "int4-g64")}
-    (row,) = decode.rows_of("int4-g64", found["bf16"], found["int4-g64"])
+    found = {format: decode.measure("toy", format, [8]) for format in (decode.BF16, "int4-g64")}
+    (row,) = decode.rows_of("toy", "int4-g64", found["bf16"], found["int4-g64"])
     assert row["rel_error"] < 1e-2
     assert row["weights_gib"] < row["bf16_weights_gib"] / 2
     assert tables.decode([row]).splitlines()[2].startswith("| toy | int4-g64 | 8 | ")
