@@ -46,13 +46,17 @@ class QuantizedLayer(CacheLayerMixin):
         which attention decodes by itself.
         """
         self.is_initialized = True
-        tokens = key_states.shape[-2]
-        alike = tokens == 1 or (self._sees_alike and tokens <= FEW)
-        if alike and self.get_seq_length() and not key_states.requires_grad and not value_states.requires_grad:
+        if self._hands_over(key_states, value_states):
             for stored, new in zip(self._both, (key_states, value_states), strict=True):
                 stored.add(new)
             return deferred(self.stored_keys), deferred(self.stored_values)
         return self.stored_keys.append(key_states), self.stored_values.append(value_states)
+
+    def _hands_over(self, key: Tensor, value: Tensor) -> bool:
+        """Whether attention to these tokens may look at what is stored, with them in it, instead of at values."""
+        tokens = key.shape[-2]
+        alike = tokens == 1 or (self._sees_alike and tokens <= FEW)
+        return alike and self.get_seq_length() > 0 and not (key.requires_grad or value.requires_grad)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

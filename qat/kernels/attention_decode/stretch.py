@@ -27,11 +27,13 @@ import triton
 import triton.language as tl
 
 from qat.kernels.attention_decode.codes import (
+    ACROSS,
     BITS,
     COLUMNS,
     HAS_ZERO,
     ROWS,
     WIDE,
+    WORDS,
     of_tokens,
     of_values,
     pairs_of,
@@ -118,6 +120,29 @@ def _dims_of_total(j: tl.constexpr, GRID: tl.constexpr):
 
 
 @triton.jit
+def _scaled_pairs(pairs, scale, zero, block, VALUES: tl.constexpr, T: tl.constexpr):
+    """Pairs `[T / 2, WIDE, 2]` of two tokens, scaled where all codes of a word have the same scale.
+
+    Differences of integers are exact, so there is one rounding, as in float32.
+    """
+    like: tl.constexpr = pairs[0].dtype
+    token = block * T + 2 * tl.arange(0, T // 2)[:, None, None] + tl.arange(0, 2)[None, None, :]
+    word = tl.arange(0, VALUES[WIDE])[None, :, None]
+    at = token // VALUES[ROWS] * VALUES[ACROSS] + word // (VALUES[COLUMNS] * VALUES[BITS] // 32)
+    there = (word < VALUES[WORDS]) & (token >= 0)
+    s = tl.load(scale + at, mask=there, other=0).to(like)
+    found = ()
+    if VALUES[HAS_ZERO]:
+        z = tl.load(zero + at, mask=there, other=0).to(tl.float32).to(like)
+        for j in tl.static_range(len(pairs)):
+            found = found + ((pairs[j] - z) * s,)
+    else:
+        for j in tl.static_range(len(pairs)):
+            found = found + (pairs[j] * s,)
+    return found
+
+
+@triton.jit
 def _add_values(
     totals, off, weights, stored, block, like, VALUES: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr
 ):
@@ -133,13 +158,16 @@ def _add_values(
     COUNT: tl.constexpr = 16 // VALUES[BITS]
     low, high = _exchanged(words_of(codes, token, VALUES), T, WIDTH)
     pairs = pairs_of(low, like, VALUES) + pairs_of(high, like, VALUES)
+    PER: tl.constexpr = 2 * COUNT
+    if (VALUES[COLUMNS] != DIM) and (VALUES[COLUMNS] % PER == 0):
+        pairs = _scaled_pairs(pairs, scale, zero, block, VALUES, T)
     found = ()
     for j in tl.static_range(len(totals)):
         if WIDTH == 8:
             values = tl.reshape(tl.permute(tl.join(pairs[j], pairs[j + COUNT]), (3, 1, 0, 2)), [16, T])
         else:
             values = tl.reshape(tl.permute(pairs[j], (1, 0, 2)), [WIDTH, T])
-        if VALUES[COLUMNS] != DIM:
+        if VALUES[COLUMNS] % PER != 0:
             values = scaled(values, scale, zero, token[None, :], _dims_of_total(j, VALUES)[:, None], VALUES, DIM)
         found = found + (tl.dot(values, rounded, totals[j]),)
     return found, off

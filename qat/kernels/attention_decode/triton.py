@@ -89,7 +89,7 @@ def attention_decode(
     grids = _grid(keys, dim, q.dtype), _grid(values, dim, q.dtype)
     q = q if q.stride(-1) == 1 else q.contiguous()
     masked, choice = _mask(mask, q), CHOICES[grids[0].bits]
-    tokens = tokens_of_block(grids[0], choice.tokens)
+    tokens = tokens_of_block(*grids, choice.tokens)
     # A query sees everything before the queries.
     blocks = max(0, min(keys.quantized, values.quantized, length - queries + 1)) // tokens
     each = blocks_of_stretch(blocks, batch * kv_heads, choice, _multiprocessors(q.device))
@@ -110,9 +110,11 @@ def attention_decode(
     return out
 
 
-def tokens_of_block(keys: Grid, most: int) -> int:
+def tokens_of_block(keys: Grid, values: Grid, most: int) -> int:
     """Tokens of a block: keys of one share their scales, where these are not shared by whole tokens."""
-    if keys.columns == keys.words * 32 // keys.bits or keys.rows == 1:
+    if values.across > 1:
+        most = min(most, 32)  # scales for values take registers
+    if keys.across == 1 or keys.rows == 1:
         return most
     shared = keys.rows & -keys.rows  # the largest power of two that divides it
     return min(most, shared) if shared >= _LEAST_TOKENS else most
