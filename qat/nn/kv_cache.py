@@ -42,8 +42,8 @@ class QuantizedLayer(CacheLayerMixin):
         """Add tokens `[batch, kv_heads, T, head_dim]`; return all `[batch, kv_heads, L, head_dim]` for attention.
 
         What had left the window before the call comes dequantized, everything later in full precision. No gradient
-        reaches the tokens of earlier calls. A token or a few, that see all others alike, get `deferred` keys and values,
-        which attention decodes by itself.
+        reaches the tokens of earlier calls. Where new tokens, one or a few, see all others alike, keys and values come
+        `deferred`, and attention decodes them by itself.
         """
         self.is_initialized = True
         if self._hands_over(key_states, value_states):

@@ -76,8 +76,9 @@ class StoredTokens:
             return None
         format, granularity = self.quantizer.format, self.quantizer.granularity
         scale, zero_point, codebook, offset = self._qparams()
-        plain = isinstance(scale, Tensor) and codebook is None and offset is None
-        if not plain or not takes(format, granularity, self._width):
+        if not isinstance(scale, Tensor) or codebook is not None or offset is not None:
+            return None
+        if not takes(format, granularity, self._width):
             return None
         return CachedTokens(self._rows["codes"].rows, scale, zero_point, self.tail, format.name, str(granularity))
 

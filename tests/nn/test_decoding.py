@@ -89,7 +89,13 @@ def test_eager_attention_still_returns_its_weights(calls):
 
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.1}, {"softcap": 30.0}, {"s_aux": torch.ones(4)}, {"sliding_window": 4}, {"position_bias": torch.ones(1)}],
+    [
+        {"dropout": 0.1},
+        {"softcap": 30.0},
+        {"s_aux": torch.ones(4)},
+        {"sliding_window": 4},
+        {"position_bias": torch.ones(1)},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_what_the_operator_lacks_is_left_to_the_model(options):

@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.numerics.formats import Format, IntFormat
+from qat.numerics.formats import Format, IntFormat, parse_format
 from qat.numerics.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, parse_granularity
 from qat.numerics.packing import packed_bytes, unpack_rows
-from qat.numerics.formats import parse_format
 from qat.numerics.qtensor import QParams, QuantizedTensor
 
 # More tokens than there are: one scale for all of them.

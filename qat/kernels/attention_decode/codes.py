@@ -6,7 +6,7 @@ register.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803, RUF005
+# ruff: noqa: N803, N806, RUF005, SIM108
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 import triton
@@ -29,7 +29,7 @@ _INTS = tl.constexpr(tuple((tl.int32,) * count for count in range(9)))
 
 @triton.jit
 def pairs_of(words, like, GRID: tl.constexpr):
-    """What the codes in words stand for before scaling, code - CENTER: for each pair i a tensor `[..., 2]` of `like`."""
+    """code - CENTER for the codes in words: for each pair i a tensor `[..., 2]` of the type `like`."""
     COUNT: tl.constexpr = 16 // GRID[BITS]
     found = ()
     if GRID[TEXT] != "":
@@ -72,9 +72,7 @@ def of_tokens(params, block, GRID: tl.constexpr, T: tl.constexpr):
         found = tl.load(params + (block * T + tl.arange(0, T)) // GRID[ROWS])
     else:
         COUNT: tl.constexpr = T * SIZE // 32
-        words = tl.load(
-            params.to(tl.pointer_type(tl.int32), bitcast=True) + block * COUNT + tl.arange(0, COUNT)
-        )
+        words = tl.load(params.to(tl.pointer_type(tl.int32), bitcast=True) + block * COUNT + tl.arange(0, COUNT))
         if SIZE == 16:
             both = tl.join((words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16))
             found = tl.reshape(both, [T]).to(params.dtype.element_ty, bitcast=True)

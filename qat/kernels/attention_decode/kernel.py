@@ -12,7 +12,7 @@ RECENT tokens each of what follows (`recent.py`).
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803, RUF005
+# ruff: noqa: N803
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 import triton
@@ -24,9 +24,10 @@ from qat.kernels.attention_decode.stretch import attend_blocks, queries_of
 
 # What changes from token to token, and must not make another kernel.
 CHANGING = (
-    "splits stretches length key_quantized value_quantized blocks each key_capacity value_capacity key_scales value_scales key_recent "
-    "value_recent q_batch q_head q_token mask_batch mask_query mask_token scaling lowest"
-).split()
+    *("splits", "stretches", "length", "key_quantized", "value_quantized", "blocks", "each"),
+    *("key_capacity", "value_capacity", "key_scales", "value_scales", "key_recent", "value_recent"),
+    *("q_batch", "q_head", "q_token", "mask_batch", "mask_query", "mask_token", "scaling", "lowest"),
+)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -94,7 +95,6 @@ def attend(
     program = tl.program_id(0)
     split, head = program % stretches, (program // stretches).to(tl.int64)
     batch, kv_head = head // KV_HEADS, head % KV_HEADS
-    like: tl.constexpr = q.dtype.element_ty
     row = tl.arange(0, HEADS)
     query, present = row % QUERIES, row < GROUP * QUERIES
     q_at = batch * q_batch + (kv_head * GROUP + row // QUERIES) * q_head + query * q_token
@@ -114,7 +114,21 @@ def attend(
         queries, q_sum = queries_of(q, q_at, present, KEYS, DIM)
         end = tl.minimum(split * each + each, blocks)
         attend_blocks(
-            queries, q_sum, keys, values, masking, results, present, split * each, end, scaling, DIM, T, MASK, KEYS, VALUES
+            queries,
+            q_sum,
+            keys,
+            values,
+            masking,
+            results,
+            present,
+            split * each,
+            end,
+            scaling,
+            DIM,
+            T,
+            MASK,
+            KEYS,
+            VALUES,
         )
     else:
         token = blocks * T + (split - splits) * RECENT + tl.arange(0, RECENT)
@@ -133,8 +147,11 @@ def add_parts(
     EACH: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """The stretches of one query and head added in their order: `[DIM]` of out; zeros for a query that sees nothing.
+    """The stretches of one query and head, PARTS at a time: `[DIM]` of out; zeros for a query that sees nothing.
+
+    The order of the sums is that of their numbers, whoever was finished first.
 
     Args:
         sums, highest, mass_of: of `attend`, EACH rows of a key head.
@@ -142,17 +159,24 @@ def add_parts(
     """
     program = tl.program_id(0).to(tl.int64)
     first = program // EACH * stretches * EACH + program % EACH
-    dim = tl.arange(0, WIDTH)
-    top = tl.load(highest + first)
-    for stretch in range(1, stretches):
-        top = tl.maximum(top, tl.load(highest + first + stretch * EACH))
+    dim, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
+    tops = tl.full([PARTS], float("-inf"), tl.float32)
+    for begin in range(0, stretches, PARTS):
+        stretch = begin + part
+        own = tl.load(highest + first + stretch * EACH, mask=stretch < stretches, other=float("-inf"))
+        tops = tl.maximum(tops, own)
+    top = tl.max(tops, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([WIDTH], tl.float32)
-    mass = 0.0
-    for stretch in range(stretches):
+    totals = tl.zeros([PARTS, WIDTH], tl.float32)
+    masses = tl.zeros([PARTS], tl.float32)
+    for begin in range(0, stretches, PARTS):
+        stretch = begin + part
+        there = stretch < stretches
         at = first + stretch * EACH
-        share = tl.exp2(tl.load(highest + at) - base)
-        mass += share * tl.load(mass_of + at)
-        total += share * tl.load(sums + at * DIM + dim, mask=dim < DIM, other=0.0)
-    value = tl.where(mass > 0, total / mass, 0.0)
+        share = tl.exp2(tl.load(highest + at, mask=there, other=float("-inf")) - base)
+        masses += share * tl.load(mass_of + at, mask=there, other=0.0)
+        inside = there[:, None] & (dim < DIM)[None, :]
+        totals += share[:, None] * tl.load(sums + at[:, None] * DIM + dim[None, :], mask=inside, other=0.0)
+    mass = tl.sum(masses, 0)
+    value = tl.where(mass > 0, tl.sum(totals, 0) / mass, 0.0)
     tl.store(out + program * DIM + dim, value.to(out.dtype.element_ty), mask=dim < DIM)

@@ -4,7 +4,7 @@ There are few, so they are read value by value, and every one may be hidden from
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 import triton

@@ -11,9 +11,11 @@ from qat.kernels.attention_decode.cached import EVERY_TOKEN, CachedTokens, share
 _BLOCK = 1024
 
 
-def attention_decode(q: Tensor, mask: Tensor | None, scaling: float, keys: CachedTokens, values: CachedTokens) -> Tensor:
+def attention_decode(
+    q: Tensor, mask: Tensor | None, scaling: float, keys: CachedTokens, values: CachedTokens
+) -> Tensor:
     """See `ops.attention_decode`. Scores, softmax and sums are float32, or the type of q if that is longer."""
-    batch, heads, queries, width = q.shape
+    batch, _, queries, width = q.shape
     kv_heads, length = keys.tail.shape[1], keys.length
     exact = torch.promote_types(q.dtype, torch.float32)
     rows = q.reshape(batch, kv_heads, -1, width).to(exact) * scaling

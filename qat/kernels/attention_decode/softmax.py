@@ -28,7 +28,7 @@ def masked(scores, mask, token, query, length, lowest, query_stride, token_strid
 
 @triton.jit
 def softmax_step(scores, top, mass, off, totals):
-    """The next step of a softmax that has not seen all scores: its maximum, sums and results so far; and the weights."""
+    """The next step of a softmax that sees scores block by block: maximum, sums and results so far, and weights."""
     higher = tl.maximum(top, tl.max(scores, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[None, :])
@@ -36,4 +36,4 @@ def softmax_step(scores, top, mass, off, totals):
     found = ()
     for j in tl.static_range(len(totals)):
         found = found + (totals[j] * shrink[None, :],)
-    return higher, mass * shrink + tl.sum(weights, 0), off * shrink, found, weights
+    return higher, mass * shrink + tl.sum(weights, 0), off * shrink[None, :], found, weights

@@ -20,7 +20,7 @@ A zero point z takes z sum(q) off scores, and z sum(weights) off results.
 """
 
 # Triton writes compile-time constants in capitals, and gives no types to pointers.
-# ruff: noqa: N803, RUF005
+# ruff: noqa: N803, N806, RUF005
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disable-error-code=assignment
 
 import triton
@@ -143,16 +143,16 @@ def _scaled_pairs(pairs, scale, zero, block, VALUES: tl.constexpr, T: tl.constex
 
 
 @triton.jit
-def _add_values(
-    totals, off, weights, stored, block, like, VALUES: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr
-):
-    """`totals`, `[dims, HEADS]` each, with V_hat^T weights of a block of tokens added; and what zero points take off."""
+def _add_values(totals, off, weights, stored, block, like, VALUES: tl.constexpr, DIM: tl.constexpr, T: tl.constexpr):
+    """`totals` `[dims, HEADS]` with V_hat^T weights of a block of tokens added, and what zero points take off."""
     codes, scale, zero, _, _ = stored
     if VALUES[COLUMNS] == DIM:
         weights = weights * of_tokens(scale, block, VALUES, T)[:, None]
     rounded = weights.to(like)
     if (VALUES[COLUMNS] == DIM) and VALUES[HAS_ZERO]:
-        off += tl.sum(rounded.to(tl.float32) * of_tokens(zero, block, VALUES, T)[:, None], 0)
+        # A product like the others, every row the same: the compiler reads ahead what products need, and nothing else.
+        zeros = tl.broadcast_to(of_tokens(zero, block, VALUES, T).to(like)[None, :], [totals[0].shape[0], T])
+        off = tl.dot(zeros, rounded, off)
     token = block * T + tl.arange(0, T)
     WIDTH: tl.constexpr = VALUES[WIDE]
     COUNT: tl.constexpr = 16 // VALUES[BITS]
@@ -199,7 +199,7 @@ def attend_blocks(
     COUNT: tl.constexpr = 32 // VALUES[BITS] * VALUES[WIDE] // TALL
     top = tl.full([HEADS], float("-inf"), tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
-    off = tl.zeros([HEADS], tl.float32)
+    off = tl.zeros([TALL, HEADS], tl.float32)
     totals = ()
     for _ in tl.static_range(COUNT):
         totals = totals + (tl.zeros([TALL, HEADS], tl.float32),)
@@ -213,6 +213,6 @@ def attend_blocks(
     for j in tl.static_range(COUNT):
         dim = _dims_of_total(j, VALUES)
         inside = present[None, :] & (dim < DIM)[:, None]
-        tl.store(sums + out[None, :] * DIM + dim[:, None], totals[j] - off[None, :], mask=inside)
+        tl.store(sums + out[None, :] * DIM + dim[:, None], totals[j] - off, mask=inside)
     tl.store(highest + out, top, mask=present)
     tl.store(mass_of + out, mass, mask=present)

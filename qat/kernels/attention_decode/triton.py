@@ -20,6 +20,8 @@ from qat.numerics.packing import packed_bytes
 _COMPILED = isinstance(kernel.attend, triton.runtime.JITFunction)
 # Tokens in full precision that a program takes.
 RECENT = 16
+# Stretches that are read at a time where they are added.
+_PARTS = 32
 # Columns of the tensor core's instruction; words of a token, so that pairs fill its sum of 16; tokens, likewise.
 _HEADS, _LEAST_WORDS, _LEAST_TOKENS = 8, 8, 16
 _LOG2_E = math.log2(math.e)
@@ -185,8 +187,8 @@ def _ready(
     }
     options = {"num_stages": choice.stages, "maxnreg": choice.registers}
     attend = Launch(kernel.attend, batch * kv_heads * stretches, (), constants, num_warps=1, **options)
-    sizes = {"EACH": rows, "DIM": dim, "WIDTH": width}
-    return attend, Launch(kernel.add_parts, batch * kv_heads * rows, (), sizes, num_warps=1)
+    sizes = {"EACH": rows, "DIM": dim, "WIDTH": width, "PARTS": _PARTS}
+    return attend, Launch(kernel.add_parts, batch * kv_heads * rows, (), sizes, num_warps=8)
 
 
 def _mask(mask: Tensor | None, q: Tensor) -> _Mask:

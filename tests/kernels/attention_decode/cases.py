@@ -108,3 +108,16 @@ def test_every_element_is_written_and_twice_the_same(monkeypatch):
     q, keys, values = case("4", length=300, heads=(6, 2), head_dim=80)
     check(q, keys, values)
     assert torch.equal(attended(q, keys, values), attended(q, keys, values))
+
+
+@pytest.mark.parametrize("layout", ["int4", "kivi4_window8"])
+def test_a_model_attends_by_the_kernels(layout, monkeypatch):
+    from qat.kernels.attention_decode import ops
+    from tests.nn.kv_models import in_parts, quantized, tokens
+
+    model, ids = quantized(layout).half(), tokens(length=20)
+    expected, _ = in_parts(model, ids, [17, 1, 1, 1])
+    monkeypatch.setattr(ops, "_runs_triton", lambda *_: True)
+    found, _ = in_parts(model, ids, [17, 1, 1, 1])
+    assert not torch.equal(found, expected)  # the sums have another order
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))

@@ -33,7 +33,11 @@ LAYOUTS = {
     "small blocks": (partial(block(4), bits=4), partial(block(8), bits=4), 3),
     "blocks of whole tokens": (partial(block(4, 64), bits=4), partial(block(16, 64), bits=8), 0),
     "blocks of 48": (partial(block(48), bits=4), partial(block(48), bits=4), 0),
-    "static": (partial(STATIC, bits=4, granularity="per_channel_-1"), partial(STATIC, bits=8, granularity="per_tensor"), 9),
+    "static": (
+        partial(STATIC, bits=4, granularity="per_channel_-1"),
+        partial(STATIC, bits=8, granularity="per_tensor"),
+        9,
+    ),
 }
 
 
