@@ -110,9 +110,9 @@ def _decoding_attention(
 def _decodes(wrapped: Attention, module: nn.Module, query: Tensor, mask: Tensor | None, options: Any) -> bool:
     """Whether `attention_decode` computes what `wrapped` would: sdpa with one mask for all heads, and nothing else.
 
-    Eager attention returns its weights, and may be asked for them.
+    Eager attention returns its weights, and may be asked for them; gradients of q need the values.
     """
-    if wrapped is _eager_of_the_model or options.get("dropout"):
+    if wrapped is _eager_of_the_model or options.get("dropout") or query.requires_grad:
         return False
     if any(options.get(name) is not None for name in (*_UNKNOWN, "sliding_window", "cache")):
         return False

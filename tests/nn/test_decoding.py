@@ -104,6 +104,18 @@ def test_what_the_operator_lacks_is_left_to_the_model(options):
     assert not attention._decodes(None, module, q, None, options)
 
 
+def test_gradients_of_queries_need_the_values_too(calls):
+    model, ids = quantized("int4"), tokens()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1.self_attn.q_proj" in name)
+    cache = QuantizedCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
+    assert len(calls) == 1  # of the first layer, which nothing is learned in
+
+
 def test_masks_of_single_heads_are_left_to_the_model():
     q, module = torch.randn(2, 4, 2, 16), torch.nn.Module()
     assert attention._decodes(None, module, q, torch.ones(2, 1, 2, 9, dtype=torch.bool), {})

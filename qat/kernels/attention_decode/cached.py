@@ -42,11 +42,6 @@ class CachedTokens(NamedTuple):
         """Number of tokens."""
         return self.quantized + self.tail.shape[-2]
 
-    @property
-    def is_static(self) -> bool:
-        """Whether tokens share their qparams with every other."""
-        return shared_by(self.granularity, self.tail.shape[-1])[0] == EVERY_TOKEN
-
     def values(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Tokens `[begin, end)`, of which the quantized ones are whole groups, as `dtype` holds them."""
         coded = min(end, self.quantized)

@@ -130,15 +130,16 @@ def _scaled_pairs(pairs, scale, zero, block, VALUES: tl.constexpr, T: tl.constex
     word = tl.arange(0, VALUES[WIDE])[None, :, None]
     at = token // VALUES[ROWS] * VALUES[ACROSS] + word // (VALUES[COLUMNS] * VALUES[BITS] // 32)
     there = (word < VALUES[WORDS]) & (token >= 0)
-    s = tl.load(scale + at, mask=there, other=0).to(like)
-    found = ()
+    s = tl.load(scale + at, mask=there, other=0)
+    z = tl.zeros(at.shape, like)
     if VALUES[HAS_ZERO]:
         z = tl.load(zero + at, mask=there, other=0).to(tl.float32).to(like)
-        for j in tl.static_range(len(pairs)):
-            found = found + ((pairs[j] - z) * s,)
-    else:
-        for j in tl.static_range(len(pairs)):
-            found = found + (pairs[j] * s,)
+    found = ()
+    for j in tl.static_range(len(pairs)):
+        if like == tl.float16:  # which does not hold the smallest scales
+            found = found + (((pairs[j] - z).to(tl.float32) * s.to(tl.float32)).to(like),)
+        else:
+            found = found + ((pairs[j] - z) * s.to(like),)
     return found
 
 
@@ -167,7 +168,7 @@ def _add_values(totals, off, weights, stored, block, like, VALUES: tl.constexpr,
             values = tl.reshape(tl.permute(tl.join(pairs[j], pairs[j + COUNT]), (3, 1, 0, 2)), [16, T])
         else:
             values = tl.reshape(tl.permute(pairs[j], (1, 0, 2)), [WIDTH, T])
-        if VALUES[COLUMNS] % PER != 0:
+        if (VALUES[COLUMNS] != DIM) and (VALUES[COLUMNS] % PER != 0):
             values = scaled(values, scale, zero, token[None, :], _dims_of_total(j, VALUES)[:, None], VALUES, DIM)
         found = found + (tl.dot(values, rounded, totals[j]),)
     return found, off

@@ -41,7 +41,7 @@ def test_every_length(layout, length):
 
 
 @pytest.mark.parametrize("bits", ["2", "4", "8"])
-@pytest.mark.parametrize("head_dim", [80, 96, 128])
+@pytest.mark.parametrize("head_dim", [12, 80, 96, 128])
 def test_sizes_of_heads(bits, head_dim):
     check(*case(bits, length=75, head_dim=head_dim, batch=1))
 
