@@ -19,7 +19,8 @@ class Launch:
     """A launch of a kernel that waits for its tensors; products and sums are not contracted.
 
     Args:
-        kernel: made by `triton.jit`; it takes tensors, then numbers, then compile-time constants.
+        kernel: made by `triton.jit`; it takes tensors, then numbers that change from call to call, if any, then others,
+            then compile-time constants.
         programs: how many of them.
         numbers: integers and floats.
         constants: by name, in the order of the kernel.
@@ -41,18 +42,22 @@ class Launch:
         # Device and kinds of tensors to what launches the form that Triton compiled for them.
         self._forms: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """Run on the device of the first of `tensors`, in its current stream."""
+    def __call__(self, *tensors: Tensor, changing: tuple[int | float, ...] = ()) -> None:
+        """Run on the device of the first of `tensors`, in its current stream.
+
+        Args:
+            changing: numbers for which the kernel must not be specialized (`do_not_specialize`), below 2^31.
+        """
         device = tensors[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(*tensors)
+                return self(*tensors, changing=changing)
         # Triton specializes a kernel for the alignment of tensors to 16 bytes.
         key = device.index, *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
         run = self._forms.get(key)
         if run is not None:
-            return run(*tensors, *self._rest, stream=_stream(device))
-        compiled = self._kernel[(self._programs,)](*tensors, *self._numbers, **self._options)
+            return run(*tensors, *changing, *self._rest, stream=_stream(device))
+        compiled = self._kernel[(self._programs,)](*tensors, *changing, *self._numbers, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
             self._forms[key] = compiled[(self._programs, 1, 1)]
         return None

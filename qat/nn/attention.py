@@ -3,6 +3,9 @@
 The contract with the cache: of L keys that reach attention with T queries, those before quantized_until(L - T) come
 quantized and dequantized from the cache, and attention quantizes the others itself. Without a cache L = T, nothing is
 quantized before, and training runs the same lines as generation.
+
+Where generation adds a token, or a few that see all others alike, the cache hands over no values but what it stores
+(`deferred.py`), and attention reads the codes (`qat.kernels.attention_decode`).
 """
 
 import sys
@@ -15,7 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat.errors import InputError
+from qat.kernels.attention_decode.ops import attention_decode
+from qat.nn.deferred import stored_behind
 from qat.nn.kv_quantizer import KVQuantizer, Schedule
+from qat.nn.kv_storage import StoredTokens
 
 PREFIX = "quantized_"
 # Flash attention of transformers asks the config for its own name, so it cannot run under another one. On a GPU sdpa
@@ -67,6 +73,9 @@ def quantized_attention(
     kv: KVQuantizer | None = getattr(module, "kv_quantizer", None)
     if kv is None:
         return wrapped(module, query, key, value, attention_mask, **options)
+    stored = stored_behind(key, value)
+    if stored is not None:
+        return _decoding_attention(wrapped, module, query, *stored, attention_mask, **options)
     queries, length = query.shape[-2], key.shape[-2]
     key_hat, value_hat = kv.keys(key, length - queries), kv.values(value, length - queries)
     if queries == 1 or kv.is_immediate:
@@ -78,6 +87,39 @@ def quantized_attention(
             "window does not compute: quantize keys and values per_token or per_group_N, with window 0."
         )
     return _selecting_attention(module, query, (key, key_hat), (value, value_hat), attention_mask, **options)
+
+
+def _decoding_attention(
+    wrapped: Attention,
+    module: nn.Module,
+    query: Tensor,
+    stored_keys: StoredTokens,
+    stored_values: StoredTokens,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to what a cache stores, from its codes if that is all that is asked for, else by `wrapped`."""
+    keys, values = stored_keys.cached(), stored_values.cached()
+    if keys is None or values is None or not _decodes(wrapped, module, query, mask, options):
+        return wrapped(module, query, stored_keys.seen(), stored_values.seen(), mask, **options)
+    mask = None if mask is None else mask[..., : keys.length]
+    out = attention_decode(query, keys, values, mask, options.get("scaling"))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _decodes(wrapped: Attention, module: nn.Module, query: Tensor, mask: Tensor | None, options: Any) -> bool:
+    """Whether `attention_decode` computes what `wrapped` would: sdpa with one mask for all heads, and nothing else.
+
+    Eager attention returns its weights, and may be asked for them; gradients of q need the values.
+    """
+    if wrapped is _eager_of_the_model or options.get("dropout") or query.requires_grad:
+        return False
+    if any(options.get(name) is not None for name in (*_UNKNOWN, "sliding_window", "cache")):
+        return False
+    if mask is not None:
+        return mask.dim() == 4 and mask.shape[1] == 1
+    causal = options.get("is_causal")
+    return query.shape[2] == 1 or bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _selecting_attention(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from qat.errors import InputError
+from qat.nn.deferred import FEW, deferred
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers
 from qat.nn.kv_storage import StoredTokens
 
@@ -21,6 +22,7 @@ class QuantizedLayer(CacheLayerMixin):
         super().__init__()
         self.is_croppable = quantizer.is_immediate
         self.layout = quantizer.layout
+        self._sees_alike = quantizer.is_immediate
         self.stored_keys = StoredTokens(quantizer.key_quantizer, quantizer.key_schedule)
         self.stored_values = StoredTokens(quantizer.value_quantizer, quantizer.value_schedule)
 
@@ -40,10 +42,21 @@ class QuantizedLayer(CacheLayerMixin):
         """Add tokens `[batch, kv_heads, T, head_dim]`; return all `[batch, kv_heads, L, head_dim]` for attention.
 
         What had left the window before the call comes dequantized, everything later in full precision. No gradient
-        reaches the tokens of earlier calls.
+        reaches the tokens of earlier calls. Where new tokens, one or a few, see all others alike, keys and values come
+        `deferred`, and attention decodes them by itself.
         """
         self.is_initialized = True
+        if self._hands_over(key_states, value_states):
+            for stored, new in zip(self._both, (key_states, value_states), strict=True):
+                stored.add(new)
+            return deferred(self.stored_keys), deferred(self.stored_values)
         return self.stored_keys.append(key_states), self.stored_values.append(value_states)
+
+    def _hands_over(self, key: Tensor, value: Tensor) -> bool:
+        """Whether attention to these tokens may look at what is stored, with them in it, instead of at values."""
+        tokens = key.shape[-2]
+        alike = tokens == 1 or (self._sees_alike and tokens <= FEW)
+        return alike and self.get_seq_length() > 0 and not (key.requires_grad or value.requires_grad)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

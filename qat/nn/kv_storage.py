@@ -1,19 +1,21 @@
 """Storage of the keys, or the values, of one layer: bit-packed codes, and a tail in full precision."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.kernels import ops
+from qat.kernels.attention_decode.cached import CachedTokens, takes
+from qat.nn.growing import GrowingRows
 from qat.nn.kv_quantizer import Schedule
-from qat.numerics.formats import Format
-from qat.numerics.packing import pack, unpack
+from qat.numerics.packing import pack_rows, unpack_rows
 from qat.numerics.qtensor import QParams
+
+# Tokens for which there is room beyond those stored.
+_ROOM = 256
 
 
 class StoredTokens:
@@ -21,8 +23,8 @@ class StoredTokens:
 
     Codes are packed token by token, `[batch, heads, tokens, ceil(width / 8) * bits]` bytes. Dynamic scales and zero
     points lie beside them in their storage types, one row for each token or group of tokens; static qparams are the
-    quantizer's. Every append concatenates, and every read unpacks and dequantizes everything: the memory is that of the
-    codes, the time is not that of a fused kernel.
+    quantizer's. All of them grow in place. `cached` hands them to attention that decodes them by itself; `append` and
+    `seen` unpack and dequantize everything.
 
     Args:
         quantizer: a Quantizer or StoredActivation, or `nn.Identity`.
@@ -38,7 +40,7 @@ class StoredTokens:
         """Forget all tokens."""
         self.quantized = 0
         self.tail: Tensor | None = None
-        self._rows: dict[str, Tensor] = {}
+        self._rows: dict[str, GrowingRows] = {}
         self._constant: dict[str, Any] = {}
 
     @property
@@ -48,16 +50,40 @@ class StoredTokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zero points and the full-precision tail."""
-        kept = [*self._rows.values(), *([] if self.tail is None else [self.tail])]
+        """Bytes of codes, scales, zero points and the full-precision tail, without the room to grow."""
+        kept = [*(own.rows for own in self._rows.values()), *([] if self.tail is None else [self.tail])]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def append(self, new: Tensor) -> Tensor:
         """Add tokens. Returns all of them, quantized as far as they were before the call."""
         old = None if not self.quantized else self.dequantize()
-        raw = new.clone() if self.tail is None else torch.cat([self.tail, new], dim=-2)
+        raw = self._unquantized_with(new)
         self._keep(raw.detach())
         return raw if old is None else torch.cat([old, raw], dim=-2)
+
+    def add(self, new: Tensor) -> None:
+        """Add tokens, through which no gradient passes."""
+        self._keep(self._unquantized_with(new.detach()))
+
+    def seen(self) -> Tensor:
+        """All tokens as the last query sees them."""
+        assert self.tail is not None
+        return torch.cat([self.dequantize(), self.tail], dim=-2) if self.quantized else self.tail
+
+    def cached(self) -> CachedTokens | None:
+        """All tokens as attention decodes them; None where it cannot, or none is quantized yet."""
+        if not self.quantized or self.tail is None:
+            return None
+        format, granularity = self.quantizer.format, self.quantizer.granularity
+        scale, zero_point, codebook, offset = self._qparams()
+        if not isinstance(scale, Tensor) or codebook is not None or offset is not None:
+            return None
+        if not takes(format, granularity, self._width):
+            return None
+        return CachedTokens(self._rows["codes"].rows, scale, zero_point, self.tail, format.name, str(granularity))
+
+    def _unquantized_with(self, new: Tensor) -> Tensor:
+        return new.clone() if self.tail is None else torch.cat([self.tail, new], dim=-2)
 
     @torch.no_grad()
     def _keep(self, raw: Tensor) -> None:
@@ -76,23 +102,29 @@ class StoredTokens:
         self._constant = {name: field for name, field in fields.items() if name not in growing}
         rows = {"codes": pack_rows(q.codes, q.format)} | {name: fields[name] for name in growing if name in fields}
         for name, row in rows.items():
-            self._rows[name] = torch.cat([self._rows[name], row], dim=-2) if self.quantized else row
+            if name not in self._rows:
+                tokens = x.shape[-2] // row.shape[-2]
+                self._rows[name] = GrowingRows(max(1, _ROOM // tokens))
+            self._rows[name].append(row)
         self.quantized += x.shape[-2]
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The quantized tokens."""
-        qparams = QParams(**self._constant, **{name: row for name, row in self._rows.items() if name != "codes"})
         format, granularity = self.quantizer.format, self.quantizer.granularity
-        return ops.dequantize(self.codes(), qparams, format, granularity, self._dtype)
+        return ops.dequantize(self.codes(), self._qparams(), format, granularity, self._dtype)
+
+    def _qparams(self) -> QParams:
+        return QParams(**self._constant, **{name: own.rows for name, own in self._rows.items() if name != "codes"})
 
     def codes(self) -> Tensor:
         """The codes of the quantized tokens, unpacked."""
-        return unpack_rows(self._rows["codes"], self.quantizer.format, self._width)
+        return unpack_rows(self._rows["codes"].rows, self.quantizer.format, self._width)
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by what `change`, which works on the first dimension, makes of it."""
-        self._rows = {name: change(row) for name, row in self._rows.items()}
+        for own in self._rows.values():
+            own.map_batch(change)
         self.tail = None if self.tail is None else change(self.tail)
 
     def check_crop(self, length: int) -> None:
@@ -115,17 +147,5 @@ class StoredTokens:
         self.tail = self.tail[..., : max(0, length - self.quantized), :].clone()
         self.quantized = min(length, self.quantized)
         rows = self.quantized // max(1, self.schedule.group)
-        ends = {name: self.quantized if name == "codes" else rows for name in self._rows}
-        self._rows = {name: row[..., : ends[name], :].clone() for name, row in self._rows.items()}
-
-
-def pack_rows(codes: Tensor, format: Format) -> Tensor:
-    """Pack each row of `codes` `[..., width]` to whole bytes: `[..., ceil(width / 8) * bits]`, uint8."""
-    padded = F.pad(codes, (0, -codes.shape[-1] % 8), value=format.code_range[0])
-    return pack(padded, format).view(*codes.shape[:-1], -1)
-
-
-def unpack_rows(packed: Tensor, format: Format, width: int) -> Tensor:
-    """Undo `pack_rows` for rows of `width` codes."""
-    padded = (*packed.shape[:-1], math.ceil(width / 8) * 8)
-    return unpack(packed.reshape(-1), format, padded)[..., :width]
+        for name, own in self._rows.items():
+            own.crop(self.quantized if name == "codes" else rows)

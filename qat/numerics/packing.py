@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qat.numerics.formats import Format
 
@@ -21,7 +22,7 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack(codes: Tensor, format: Format) -> Tensor:
     """Pack codes of any shape into a flat uint8 tensor of `packed_bytes(codes.numel(), format.bits)` bytes."""
     unsigned = codes.reshape(-1).to(torch.int64) - format.code_range[0]
-    eights = torch.nn.functional.pad(unsigned, (0, -len(unsigned) % 8)).view(-1, 8)
+    eights = functional.pad(unsigned, (0, -len(unsigned) % 8)).view(-1, 8)
     words = (eights << _shifts(format.bits, codes.device)).sum(1)
     return words.view(torch.uint8).view(-1, 8)[:, : format.bits].reshape(-1).contiguous()
 
@@ -29,10 +30,22 @@ def pack(codes: Tensor, format: Format) -> Tensor:
 def unpack(packed: Tensor, format: Format, shape: Sequence[int]) -> Tensor:
     """Undo `pack` for a tensor of `shape`."""
     low_bytes = packed.view(-1, format.bits)
-    words = torch.nn.functional.pad(low_bytes, (0, 8 - format.bits)).contiguous().view(torch.int64)
+    words = functional.pad(low_bytes, (0, 8 - format.bits)).contiguous().view(torch.int64)
     eights = (words >> _shifts(format.bits, packed.device)) & (2**format.bits - 1)
     codes = (eights.reshape(-1)[: math.prod(shape)] + format.code_range[0]).to(format.code_dtype)
     return codes.view(tuple(shape))
+
+
+def pack_rows(codes: Tensor, format: Format) -> Tensor:
+    """Pack each row of `codes` `[..., width]` to whole bytes: `[..., ceil(width / 8) * bits]`, uint8."""
+    padded = functional.pad(codes, (0, -codes.shape[-1] % 8), value=format.code_range[0])
+    return pack(padded, format).view(*codes.shape[:-1], -1)
+
+
+def unpack_rows(packed: Tensor, format: Format, width: int) -> Tensor:
+    """Undo `pack_rows` for rows of `width` codes."""
+    padded = (*packed.shape[:-1], math.ceil(width / 8) * 8)
+    return unpack(packed.reshape(-1), format, padded)[..., :width]
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

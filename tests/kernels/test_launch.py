@@ -63,3 +63,13 @@ def test_the_interpreter_compiles_nothing(monkeypatch):
     for _ in range(2):
         ready(torch.zeros(4))
     assert len(kernel.compiled) == 2
+
+
+def test_numbers_that_change_come_after_the_tensors():
+    kernel, x = Kernel(), torch.zeros(64)
+    ready = Launch(kernel, 3, (32,), {"WIDTH": 8})
+    for length in (5, 6):
+        ready(x, changing=(length, 0.5))
+    ((_, arguments, _),) = kernel.compiled
+    assert arguments == (x, 5, 0.5, 32)
+    assert kernel.form.calls == [((3, 1, 1), (x, 6, 0.5, 32, 8))]
