@@ -17,7 +17,8 @@ runs of `python train.py`. For each seed:
    teacher's logits alone (arXiv 2305.17888), in this framework.
 
 `recovered` and `recovered_spread` are mean and standard deviation over seeds of the share of what rounding loses, as
-`method=compare` has them (lightning_modules/comparison/outcome.py). Perplexity and next-token accuracy are over windows of 512 tokens.
+`method=compare` has them (lightning_modules/comparison/outcome.py). Perplexity and next-token accuracy are over windows
+of 512 tokens.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def spelled_out(given: Sequence[str]) -> list[str]:
 
 
 def _options_of(recipe: Sequence[str]) -> list[str]:
-    """The groups that `recipe` chooses otherwise than the default job, then the values that differ in what they give."""
+    """The groups that `recipe` chooses otherwise than the default job, then the values that these lack."""
     usual, chosen = _choices([]), _choices(recipe)
     groups = [f"{group}={chosen[group]}" for group in usual if group != _GROUP and chosen[group] != usual[group]]
     before, after = _leaves(groups), _leaves(recipe)

@@ -18,9 +18,9 @@ from lightning_modules.comparison.arms import FULL, Arm, chosen, full_precision,
 from lightning_modules.comparison.outcome import Outcome, table_of, verdict
 from lightning_modules.comparison.peers import PEERS, installed
 from lightning_modules.comparison.picture import draw
+from lightning_modules.comparison.recipe import spelled_out
 from lightning_modules.pipeline import FULL as BEFORE
 from lightning_modules.pipeline import Job
-from lightning_modules.comparison.recipe import spelled_out
 from qat.atomic import replaced_file
 from qat.errors import InputError, nearest
 
@@ -164,7 +164,7 @@ class Comparison:
         return Outcome(of(FULL, "before"), of(FULL), *parts)
 
     def _refusal(self, name: str) -> str | None:
-        """Why the arm could not do what the scheme asks for: AWQ of a table, or a peer that has no such grid."""
+        """Why the arm could not do what the scheme asks for: AutoRound of pairs, or a peer without that grid."""
         found = (self._found[f"{name}-{seed}"].get("refused") for seed in self._options.seeds)
         return next(filter(None, found), None)
 
