@@ -108,7 +108,7 @@ class CausalLMModule(pl.LightningModule):
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
             if self.distillation is not None and self.distillation.teacher is not None:
-                # Not as CUDA graphs: what it says outlives its forward pass.
+                # Not as CUDA graphs: what it computes outlives its forward pass.
                 self.compiled_teacher = CompiledBlocks(self.distillation.teacher, self.compile_backend)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
@@ -146,8 +146,8 @@ class CausalLMModule(pl.LightningModule):
         hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        batch, words = split(batch)
-        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation, words)
+        batch, cached = split(batch)
+        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation, cached)
         self.watch.see(loss, partial(self._explain, loss.detach(), batch, self.global_step))
         self.log("train/loss", loss.detach())
         return loss
@@ -238,12 +238,12 @@ class CausalLMModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _distilled(
-        self, batch: dict[str, Tensor], distillation: Distillation, words: Mapping[str, Tensor] = MappingProxyType({})
+        self, batch: dict[str, Tensor], distillation: Distillation, cached: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Tensor:
         with _compiled(self.compiled_teacher):
-            lesson = distillation.lesson(batch, words)
+            teacher = distillation.teacher_outputs(batch, cached)
         with _compiled(self.compiled):
-            loss, measured = distillation.loss(batch, lesson, self._cross_entropy)
+            loss, measured = distillation.loss(batch, teacher, self._cross_entropy)
         self.log_dict({f"train/{name}": value for name, value in measured.items()})
         return loss
 
