@@ -50,8 +50,8 @@ def reconstruct(
 
         min mean (Q(W') x_q - W x_q)^2
 
-    with W' that starts at W, and x_q as the quantized layers before it make it. That is less to fit, so it needs less
-    data, but errors of one layer are not made up for by another.
+    with W' that starts at W, and x_q as the quantized layers before it make it. What rounding one layer does
+    is not made up for by another then, but for what flows into it.
 
     Args:
         model: prepared.
