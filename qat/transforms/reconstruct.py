@@ -50,8 +50,8 @@ def reconstruct(
 
         min mean (Q(W') x_q - W x_q)^2
 
-    with W' that starts at W, and x_q as the quantized layers before it make it. What rounding one layer does
-    is not made up for by another then, but for what flows into it.
+    with W' that starts at W, and x_q as the quantized layers before it make it: no layer makes up for
+    those before it.
 
     Args:
         model: prepared.
