@@ -15,7 +15,7 @@ def spread(
     run: Callable[[Item], Any],
     first: Iterable[Item],
     after: Callable[[Item], Iterable[Item]],
-    said: Callable[[Item], str],
+    name: Callable[[Item], str],
     per_gpu: int = 1,
 ) -> None:
     """Run every item as soon as what it waits for is done.
@@ -24,7 +24,7 @@ def spread(
         run: does one item and returns what is printed of it; picklable.
         first: items that wait for none.
         after: items that may run once that one is done.
-        said: what an item is called.
+        name: what an item is called.
         per_gpu: items at a time on every GPU; small models leave most of one idle.
 
     Raises:
@@ -52,9 +52,9 @@ def spread(
                 item = pending.pop(future)
                 error = future.exception()
                 found = f"failed: {error!r}" if error else future.result()
-                print(said(item), found, f"({len(pending)} in line)", flush=True)
+                print(name(item), found, f"({len(pending)} in line)", flush=True)
                 if error:
-                    failed.append(said(item))
+                    failed.append(name(item))
                 else:
                     submit(after(item))
     if failed:

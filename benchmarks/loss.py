@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from benchmarks.record import record
 from lightning_modules.distillation.chunked import at_heads
 from lightning_modules.distillation.divergences import divergence_of
+from lightning_modules.distillation.lazy_logits import Linear, chunk_for
 from lightning_modules.distillation.logits import LogitLoss
-from lightning_modules.distillation.said import Linear, chunk_for
 from lightning_modules.head import Shape
 from lightning_modules.loss import cce, chunked, liger
 from qat.kernels.ops import reference_kernels

@@ -16,8 +16,9 @@ runs of `python train.py`. For each seed:
 5. Peers train alike: `torchao`, its fake quantization with the same format; `llm-qat`, extremes as scales and the
    teacher's logits alone (arXiv 2305.17888), in this framework.
 
-`recovered` = (ppl_ptq - ppl) / (ppl_ptq - ppl_fp), the mean over seeds in which rounding loses something, and
-`recovered_spread` their standard deviation. Perplexity and next-token accuracy are over windows of 512 tokens.
+`recovered` and `recovered_spread` are mean and standard deviation over seeds of the share of what rounding loses, as
+`method=compare` has them (lightning_modules/comparison/outcome.py). Perplexity and next-token accuracy are over windows
+of 512 tokens.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from omegaconf import DictConfig
 from benchmarks.gpus import spread
 from benchmarks.record import ROOT, record
 from benchmarks.texts import SEPARATOR
-from lightning_modules.comparison.outcome import recovered_by_seed
+from lightning_modules.comparison.outcome import recovered
 from lightning_modules.comparison.peers import PEERS
 from lightning_modules.comparison.run import composed
 from lightning_modules.evaluation import Text, evaluate
@@ -52,12 +53,12 @@ from qat.errors import InputError
 SCHEMES = {
     "int4-g64": ("int4", 1),
     "int3-g64": ("int3", 1),
-    "int2-g64": ("int2", 3),
+    "int2-g64": ("int2", 2),
     "kmeans4-row": ("kmeans4", 1),
     "kmeans3-row": ("kmeans3", 1),
-    "kmeans2-row": ("kmeans2", 3),
+    "kmeans2-row": ("kmeans2", 2),
     "nf4-g64": ("nf4", 1),
-    "ternary": ("ternary", 3),
+    "ternary": ("ternary", 2),
     "w8a8": ("w8a8", 1),
     "w4a8": ("w4a8", 1),
     "w4a4kv4": ("w4a4kv4", 1),
@@ -355,19 +356,18 @@ def _row(plan: Plan, scheme: str, text: str) -> Row:
     }
     best = min(mixes, key=lambda name: mixes[name])
     ppl_fp, ppl_ptq, ppl_qat = [float(own["perplexity"]) for own in full], of(best), of("ours")
-    recovered = recovered_by_seed(ppl_ptq, ppl_qat, ppl_fp)
+    share = recovered(ppl_ptq, ppl_qat, ppl_fp)
     row: Row = {"scheme": scheme, "model": "smollm2" if plan.model == ("model=smollm2",) else plan.model[-1]}
     row |= {"text": text, "seeds": list(plan.seeds), "recipe": recipe, "parts": parts}
     row |= {"ppl_fp": mean(ppl_fp), "ppl_ptq": mean(ppl_ptq), "ptq_name": best, "ppl_qat": mean(ppl_qat)}
     row |= {f"ppl_{name}": mean(of(name)) for name in rounded}
     row |= {"ratio": mean(own / other for own, other in zip(ppl_qat, ppl_fp, strict=True))}
-    row |= {"recovered": mean(recovered) if recovered else None}
-    row |= {"recovered_spread": stdev(recovered) if len(recovered) > 1 else None}
+    row |= {"recovered": share.mean, "recovered_spread": share.spread}
     accuracies = mean(of("ours", "accuracy")), mean(float(own["accuracy"]) for own in full)
     row |= {"accuracy": accuracies[0], "accuracy_fp": accuracies[1]}
     for peer in _PEERS.get(scheme, {}):
-        of_peer = recovered_by_seed(ppl_ptq, of(peer), ppl_fp)
-        row |= {"peer_name": peer, "ppl_peer": mean(of(peer)), "peer_recovered": mean(of_peer) if of_peer else None}
+        of_peer = recovered(ppl_ptq, of(peer), ppl_fp)
+        row |= {"peer_name": peer, "ppl_peer": mean(of(peer)), "peer_recovered": of_peer.mean}
     return row
 
 

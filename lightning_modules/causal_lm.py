@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,6 +24,9 @@ from qat.quantizers import NoQuantizer, Quantizer
 from qat.transforms.masks import hold_masks_of
 from qat.transforms.step_codes import ModelStepCodes
 
+# Computes the loss of one batch, and how that becomes the loss of a step.
+Loss = Callable[[], Tensor]
+Passes = Callable[[Loss], Tensor]
 _MEND = "Lower optimizer.lr or module.quantizer_lr, set trainer.gradient_clip_val, or train in 32-true."
 
 
@@ -87,6 +89,7 @@ class CausalLMModule(pl.LightningModule):
         self.layer_limits = layer_clip
         self.layer_clip: LayerClip | None = None
         self.watch = FiniteWatch(late=False)
+        self.passes: Passes = _once
         self._nll = torch.zeros(2, dtype=torch.float64)
 
     def setup(self, stage: str) -> None:
@@ -108,7 +111,7 @@ class CausalLMModule(pl.LightningModule):
         if self.compile_backend is not None:
             self.compiled = CompiledBlocks(self.model, self.compile_backend, self.cuda_graphs)
             if self.distillation is not None and self.distillation.teacher is not None:
-                # Not as CUDA graphs: what it says outlives its forward pass.
+                # Not as CUDA graphs: what it computes outlives its forward pass.
                 self.compiled_teacher = CompiledBlocks(self.distillation.teacher, self.compile_backend)
         elif self.device.type == "cpu" and (self.gradient_checkpointing or self.trainer.accumulate_grad_batches > 1):
             self.codes = ModelStepCodes(self.model)
@@ -120,6 +123,7 @@ class CausalLMModule(pl.LightningModule):
     def on_fit_end(self) -> None:
         """Leave nothing of what made training fast, after an exception too."""
         self.head_loss = self.layer_clip = None
+        self.passes = _once
         if self.distillation is not None:
             self.distillation.stop()
         if self.codes is not None:
@@ -146,8 +150,9 @@ class CausalLMModule(pl.LightningModule):
         hold_masks_of(self, checkpoint["state_dict"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        batch, words = split(batch)
-        loss = self._loss(batch) if self.distillation is None else self._distilled(batch, self.distillation, words)
+        batch, cached = split(batch)
+        distilled = self.distillation is not None
+        loss = self.passes(self._distilled(batch, cached) if distilled else partial(self._loss, batch))
         self.watch.see(loss, partial(self._explain, loss.detach(), batch, self.global_step))
         self.log("train/loss", loss.detach())
         return loss
@@ -237,14 +242,19 @@ class CausalLMModule(pl.LightningModule):
             raise InputError(f"The optimizer or its scheduler refused an option: {error}.") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _distilled(
-        self, batch: dict[str, Tensor], distillation: Distillation, words: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> Tensor:
+    def _distilled(self, batch: dict[str, Tensor], cached: Mapping[str, Tensor]) -> Loss:
+        """The loss of `batch` against what the teacher makes of it, once for all passes."""
+        distillation = self.distillation
+        assert distillation is not None
         with _compiled(self.compiled_teacher):
-            lesson = distillation.lesson(batch, words)
-        with _compiled(self.compiled):
-            loss, measured = distillation.loss(batch, lesson, self._cross_entropy)
-        self.log_dict({f"train/{name}": value for name, value in measured.items()})
+            teacher = distillation.teacher_outputs(batch, cached)
+
+        def loss() -> Tensor:
+            with _compiled(self.compiled):
+                found, measured = distillation.loss(batch, teacher, self._cross_entropy)
+            self.log_dict({f"train/{name}": value for name, value in measured.items()})
+            return found
+
         return loss
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -274,6 +284,10 @@ class CausalLMModule(pl.LightningModule):
         largest = {name: float(grad.abs().max().nan_to_num(math.inf)) for name, grad in named}
         worst = max(largest, key=lambda name: largest[name])
         return f"{what} First at fault: {worst}. {_MEND}"
+
+
+def _once(loss: Loss) -> Tensor:
+    return loss()
 
 
 def _compiled(blocks: CompiledBlocks | None) -> AbstractContextManager[None]:

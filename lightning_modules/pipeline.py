@@ -118,7 +118,7 @@ class Job:
         self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
         self._measure(FULL, parameter_bytes(self.model))
-        self._teach()
+        self._make_teacher()
         self._shrink()
         self._prepare()
         quantized = is_quantized(self.model)
@@ -194,7 +194,7 @@ class Job:
                 f"data.sequence_length is {self.cfg.data.sequence_length}. Raise that, or lower scheme.kv.window."
             )
 
-    def _teach(self) -> None:
+    def _make_teacher(self) -> None:
         """Make the teacher of a distillation, before anything changes the model."""
         distillation = self.module.distillation
         if distillation is None:
@@ -202,36 +202,36 @@ class Job:
         self.model.to(self.trainer.strategy.root_device)
         measured = distillation.needs_gamma
         if distillation.cache is not None:
-            self._recall(distillation)
+            self._fill_cache(distillation)
         else:
-            self._call_teacher(distillation)
+            self._load_teacher(distillation)
             if measured:
                 with self.trainer.precision_plugin.forward_context():
-                    distillation.measure(self._calibration_batches())
+                    distillation.measure_gamma(self._calibration_batches())
         if measured:
             gamma = distillation.gamma
             self._say(f"teacher: gives the next token a probability of {gamma:.3f} on average (distill.gamma)")
 
-    def _call_teacher(self, distillation: Distillation) -> None:
-        distillation.teach(self.model, self.loaded.tokenizer)
+    def _load_teacher(self, distillation: Distillation) -> None:
+        distillation.make_teacher(self.model, self.loaded.tokenizer)
         self._say(f"teacher: {distillation.name or f'{self.loaded.name}, as it is now'}")
 
-    def _recall(self, distillation: Distillation) -> None:
-        """Have the teacher's words for all windows that will be seen on disk, and learn from these."""
+    def _fill_cache(self, distillation: Distillation) -> None:
+        """Have the teacher's logits for all windows that will be seen on disk, and learn from these."""
         calibration = self.cfg.calibration_batches if distillation.needs_gamma else 0
         cache = cache_for(distillation, self.model, self.data, str(self.trainer.precision))
         self._once(cache.create)
         wanted = windows_needed(self.data, self.trainer, calibration)
         if cache.lacks(wanted):
-            self._call_teacher(distillation)
+            self._load_teacher(distillation)
             precision = self.trainer.precision_plugin.forward_context
             fill(cache, distillation, self.data, wanted, self.console, precision)
         self.trainer.strategy.barrier()  # also for a process that looked when others were done
-        self._say(f"teacher: its words for {len(wanted)} windows are in {cache.folder}")
+        self._say(f"teacher: its logits for {len(wanted)} windows are in {cache.folder}")
         if distillation.needs_gamma:
             first = self.data.order()[: calibration * self.data.batch_size]
             distillation.gamma = cache.confidence(first, [self.data.train_windows[index]["labels"] for index in first])
-        distillation.recall()
+        distillation.train_from_cache()
         self.data.beside = cache.window
 
     def _shrink(self) -> None:

@@ -11,7 +11,17 @@ from benchmarks.tables import filled, pages
 from tests.test_configs import build_quantizers
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("schemes", "quantizers", "pruning", "training", "dynamics", "distillation", "evaluation", "comparison")
+NAMES = (
+    "schemes",
+    "quantizers",
+    "pruning",
+    "training",
+    "dynamics",
+    "distillation",
+    "evaluation",
+    "comparison",
+    "recipes",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 # Its `python train.py` needs the scheme that the command before it wrote.
 PLANNING = ROOT / "docs" / "mixed_precision.md"

@@ -21,6 +21,15 @@ def plan(tmp_path, tiny_folder, text_file):
     return Plan(texts, tmp_path / "work", model, 3, ("int4-g64",), (0,), given=tuple(given))
 
 
+@pytest.mark.parametrize(("scheme", "recipe", "parts"), [(s, *own) for s, own in recovery.SCHEMES.items()])
+def test_a_recipe_says_what_it_is_meant_for_which_is_what_it_is_measured_with(plan, monkeypatch, scheme, recipe, parts):
+    monkeypatch.setattr(Plan, "known", lambda plan, arm: None)
+    plan = plan._replace(steps=700, given=())
+    words = (recovery.ROOT / "configs" / "experiment" / f"{recipe}.yaml").read_text().splitlines()[3].split()[1:]
+    assert f"trainer.max_steps={700 * parts}" in words
+    assert set(words) <= set(recovery.options_of(plan, Arm("ours", scheme, 0)))
+
+
 def run_serially(plan, first, after):
     """Every arm, one after the other; in the order in which they may run."""
     waiting, done = first, []

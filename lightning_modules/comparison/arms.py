@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lightning_modules.comparison.recipe import chooses_recipe
 from qat.errors import InputError
 
 FULL = "fp"
@@ -28,17 +29,26 @@ class Arm(NamedTuple):
 
 
 def trained_arms(given: Sequence[str], arms: Mapping[str, Any] | None, seed: int) -> list[Arm]:
-    """Runs that train with quantization, from the options `given` to the comparison and those of each arm."""
-    return [Arm(name, [*_without(given), f"seed={seed}", *options]) for name, options in chosen(arms).items()]
+    """Runs that train with quantization, from the options `given` to the comparison and those of each arm.
+
+    An arm with a recipe of its own takes that in the place of the comparison's.
+    """
+    return [
+        Arm(name, [*_without(given, *["experiment"] * chooses_recipe(options)), f"seed={seed}", *options])
+        for name, options in chosen(arms).items()
+    ]
 
 
 def full_precision(given: Sequence[str], seed: int) -> Arm:
-    """The run that trains alike without quantization."""
+    """The run that trains alike without quantization; `given` names no recipe, but spells it out."""
     return Arm(FULL, [*_without(given, *_OF_THE_SCHEME), f"seed={seed}", "method=fp"])
 
 
 def rounded_arms(given: Sequence[str], arms: Mapping[str, Any] | None, seed: int, model: Sequence[str]) -> list[Arm]:
-    """Runs that quantize what the run in full precision trained, which the options `model` load."""
+    """Runs that quantize what the run in full precision trained, which the options `model` load.
+
+    `given` names no recipe, but spells it out: its scheme is kept, and each arm has transforms of its own.
+    """
     # What it loads is pruned already, and is not trained.
     kept = _without(given, "model", "transforms", "prune", "distill")
     return [

@@ -28,20 +28,9 @@ class Outcome(NamedTuple):
         """The post-training quantization with the least mean perplexity; None where there is none."""
         return min(self.rounded, key=lambda name: mean(self.rounded[name]), default=None)
 
-    def recovered(self, name: str) -> float | None:
-        """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp) of the means over seeds: 1 is full precision, 0 the best of rounding.
-
-        None where there is nothing to recover, since rounding loses nothing on the whole.
-        """
-        if self.best is None:
-            return None
-        return _share(mean(self.rounded[self.best]), mean(self.trained[name]), mean(self.full))
-
-    def recovered_by_seed(self, name: str) -> list[float]:
-        """The same of every seed in which the best rounding loses something."""
-        if self.best is None:
-            return []
-        return recovered_by_seed(self.rounded[self.best], self.trained[name], self.full)
+    def recovered(self, name: str) -> "Recovered":
+        """What the trained arm recovers of what the best rounding loses; nothing where none was rounded."""
+        return Recovered([]) if self.best is None else recovered(self.rounded[self.best], self.trained[name], self.full)
 
     def wins(self, name: str) -> int:
         """In how many seeds the trained arm is better than every rounded one."""
@@ -49,14 +38,39 @@ class Outcome(NamedTuple):
         return sum(own < other for own, other in zip(self.trained[name], best, strict=True))
 
 
-def recovered_by_seed(rounded: list[float], own: list[float], full: list[float]) -> list[float]:
-    """(ppl_ptq - ppl) / (ppl_ptq - ppl_fp) of every seed in which rounding loses something."""
-    triples = zip(rounded, own, full, strict=True)
-    return [share for triple in triples if (share := _share(*triple)) is not None]
+class Recovered(NamedTuple):
+    """The share of what rounding loses that training recovers: 1 is full precision, 0 is rounding, less is worse.
+
+    by_seed: of every seed in which rounding loses something.
+    """
+
+    by_seed: list[float]
+
+    @property
+    def mean(self) -> float | None:
+        """None where there is nothing to recover, since rounding loses nothing in any seed."""
+        return mean(self.by_seed) if self.by_seed else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None of fewer than two."""
+        return stdev(self.by_seed) if len(self.by_seed) > 1 else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return ""
+        return f"{self.mean:.0%}" + ("" if self.spread is None else f" ± {self.spread:.0%}")
 
 
-def _share(rounded: float, own: float, full: float) -> float | None:
-    return None if rounded <= full else (rounded - own) / (rounded - full)
+def recovered(rounded: list[float], own: list[float], full: list[float]) -> Recovered:
+    """r_s = (ppl_ptq,s - ppl_s) / (ppl_ptq,s - ppl_fp,s) of each seed s, of which mean and spread are reported.
+
+    Not the share of the mean perplexities: the arms of one seed saw the same text in the same order, so what a seed
+    makes easy or hard for all of them cancels within its share, and the spread is that of the very figure that is
+    reported. Seeds in which rounding loses nothing have no share and are left out.
+    """
+    seeds = zip(rounded, own, full, strict=True)
+    return Recovered([(ptq - ppl) / (ptq - fp) for ptq, ppl, fp in seeds if ptq > fp])
 
 
 def verdict(outcome: Outcome, name: str) -> str:
@@ -77,18 +91,19 @@ def verdict(outcome: Outcome, name: str) -> str:
 
 
 def _recovery(outcome: Outcome, name: str, best: str) -> str:
-    recovered, each = outcome.recovered(name), outcome.recovered_by_seed(name)
-    if recovered is None:
+    found, seeds = outcome.recovered(name), len(outcome.full)
+    if found.mean is None:
         return f"{best} loses nothing against full precision here, so there is nothing to recover"
-    spans = len(outcome.full) > 1 and len(each) == len(outcome.full)
-    span = f" ({min(each):.0%} to {max(each):.0%})" if spans else ""
-    return f"it recovers {recovered:.0%}{span} of what {best} loses"
+    some = len(found.by_seed) < seeds
+    where = f" in the {len(found.by_seed)} of {seeds} seeds where it loses anything" if some else ""
+    return f"it recovers {found} of what {best} loses{where}"
 
 
 def table_of(outcome: Outcome, title: str) -> Table:
     """Mean and spread of every arm."""
     table = Table(
-        title=title, caption="±: standard deviation over the seeds. recovered: of what the best rounding loses."
+        title=title,
+        caption="±: standard deviation over the seeds. recovered: of what the best rounding loses, by seed.",
     )
     table.add_column("arm")
     for heading in ("perplexity", "±", "of full precision", "recovered"):
@@ -96,9 +111,8 @@ def table_of(outcome: Outcome, title: str) -> Table:
     table.add_row("full precision, before training", f"{mean(outcome.before):.2f}")
     for name, values in {"full precision, trained": outcome.full, **outcome.rounded, **outcome.trained}.items():
         ratio = mean(own / full for own, full in zip(values, outcome.full, strict=True))
-        recovered = outcome.recovered(name) if name in outcome.trained else None
         shown = name if name not in outcome.rounded else f"{name} of it"
-        share = "" if recovered is None else f"{recovered:.0%}"
+        share = str(outcome.recovered(name)) if name in outcome.trained else ""
         table.add_row(shown, f"{mean(values):.2f}", spread(values), f"{ratio:.3f}", share)
     return table
 

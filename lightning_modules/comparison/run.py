@@ -18,6 +18,7 @@ from lightning_modules.comparison.arms import FULL, Arm, chosen, full_precision,
 from lightning_modules.comparison.outcome import Outcome, table_of, verdict
 from lightning_modules.comparison.peers import PEERS, installed
 from lightning_modules.comparison.picture import draw
+from lightning_modules.comparison.recipe import spelled_out
 from lightning_modules.pipeline import FULL as BEFORE
 from lightning_modules.pipeline import Job
 from qat.atomic import replaced_file
@@ -41,7 +42,7 @@ class Comparison:
     """
 
     def __init__(self, cfg: DictConfig, given: Sequence[str]) -> None:
-        self._given, self._options = list(given), cfg.compare
+        self._given, self._spelled_out, self._options = list(given), spelled_out(given), cfg.compare
         self._folder, self._title = Path(cfg.paths.output_dir), str(cfg.title)
         self._console = Console()
         _check(cfg)
@@ -57,8 +58,8 @@ class Comparison:
         for seed in seeds:
             self._run_seed(seed)
         outcome = self._outcome(seeds)
-        for name in self._peers:
-            if refused := self._found[f"{name}-{seeds[0]}"].get("refused"):
+        for name in [*chosen(self._options.rounded), *self._peers]:
+            if refused := self._refusal(name):
                 self._say(f"{name} was left out: {refused}")
         self._console.print(table_of(outcome, f"{self._title}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"))
         for name in outcome.trained:
@@ -73,7 +74,7 @@ class Comparison:
 
     def _try_arms(self, seed: int) -> None:
         """Compose every arm, so that a mistake in the last one is found before the first one runs."""
-        for arm in [full_precision(self._given, seed), *self._later_arms(seed, ["model=hf", "model.name=later"])]:
+        for arm in [full_precision(self._spelled_out, seed), *self._later_arms(seed, ["model=hf", "model.name=later"])]:
             with composed(arm.options):
                 pass
 
@@ -84,7 +85,7 @@ class Comparison:
             InputError: if so.
         """
         for seed in self._options.seeds:
-            full = full_precision(self._given, seed)
+            full = full_precision(self._spelled_out, seed)
             if _key(full, seed) not in self._found:
                 continue
             for arm in [full, *self._later_arms(seed, self._loading(full, seed))]:
@@ -98,15 +99,15 @@ class Comparison:
                     )
 
     def _run_seed(self, seed: int) -> None:
-        full = full_precision(self._given, seed)
+        full = full_precision(self._spelled_out, seed)
         self._run_arm(full, seed)
         for arm in self._later_arms(seed, self._loading(full, seed)):
             self._run_arm(arm, seed)
 
     def _later_arms(self, seed: int, model: Sequence[str]) -> list[Arm]:
         """All but the run in full precision, which the options `model` load."""
-        rounded = rounded_arms(self._given, self._options.rounded, seed, model)
-        peers = [Arm(name, full_precision(self._given, seed).options) for name in self._peers]
+        rounded = rounded_arms(self._spelled_out, self._options.rounded, seed, model)
+        peers = [Arm(name, full_precision(self._spelled_out, seed).options) for name in self._peers]
         return rounded + trained_arms(self._given, self._options.trained, seed) + peers
 
     def _loading(self, full: Arm, seed: int) -> list[str]:
@@ -132,7 +133,7 @@ class Comparison:
         try:
             figures = self._figures(arm, folder)
         except InputError as error:
-            if arm.name not in self._peers:
+            if arm.name not in [*chosen(self._options.rounded), *self._peers]:
                 raise
             figures = {"refused": str(error)}
         gc.collect()
@@ -158,10 +159,14 @@ class Comparison:
         def of(name: str, figure: str = "perplexity") -> list[float]:
             return [self._found[f"{name}-{seed}"][figure] for seed in seeds]
 
-        rounded, trained = (list(chosen(arms)) for arms in (self._options.rounded, self._options.trained))
-        peers = [name for name in self._peers if "refused" not in self._found[f"{name}-{seeds[0]}"]]
-        parts = ({name: of(name) for name in names} for names in (rounded, trained + peers))
+        rounded, trained = chosen(self._options.rounded), [*chosen(self._options.trained), *self._peers]
+        parts = ({name: of(name) for name in names if not self._refusal(name)} for names in (rounded, trained))
         return Outcome(of(FULL, "before"), of(FULL), *parts)
+
+    def _refusal(self, name: str) -> str | None:
+        """Why the arm could not do what the scheme asks for: AutoRound of pairs, or a peer without that grid."""
+        found = (self._found[f"{name}-{seed}"].get("refused") for seed in self._options.seeds)
+        return next(filter(None, found), None)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
@@ -202,12 +207,6 @@ def _check(cfg: DictConfig) -> None:
         raise InputError(f"compare.seeds is {seeds}: it is a list of different whole numbers, [0,1,2].")
     if not chosen(options.trained):
         raise InputError("compare.trained has no arm: add 'compare.trained.qat=[\"method=qat\"]'.")
-    experiment = HydraConfig.get().runtime.choices.get("experiment")
-    if experiment is not None:
-        raise InputError(
-            f"experiment={experiment} would choose a scheme for the run in full precision too: give it to an arm, "
-            f"'compare.trained.qat=[\"experiment={experiment}\"]'."
-        )
     for name in options.peers:
         if name not in PEERS:
             raise InputError(f"compare.peers has '{name}'.{nearest(str(name), PEERS)}")

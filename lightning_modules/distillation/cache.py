@@ -1,4 +1,4 @@
-"""The teacher's words for every training window, on disk: computed once, read while others train."""
+"""The teacher's logits for every training window, on disk: computed once, read while others train."""
 
 import json
 import shutil
@@ -30,14 +30,14 @@ _FORMAT = 1
 _UINT16 = 1 << 16
 
 
-def words_of_batch(beside: Mapping[str, Tensor]) -> TopK:
-    """What a batch holds beside its tokens, `[batch, tokens, ...]`, as the words of all tokens one after the other."""
+def top_k_of_batch(beside: Mapping[str, Tensor]) -> TopK:
+    """What a batch holds beside its tokens, `[batch, tokens, ...]`, as the top k of all tokens one after the other."""
     log_p = beside[LOG_P].flatten(0, 1)
     return TopK(beside[INDICES].flatten(0, 1), log_p.view(_FLOATS[log_p.dtype]))
 
 
 class Sizes(NamedTuple):
-    """Of a cache: windows, tokens of a window, words of the teacher's that are told apart, words in all."""
+    """Of a cache: windows, tokens of a window, likeliest tokens that are told apart, tokens in all."""
 
     windows: int
     tokens: int
@@ -48,19 +48,19 @@ class Sizes(NamedTuple):
 class TeacherCache:
     """A folder of memory-mapped arrays; a window is either complete in all of them or not marked as done.
 
-    - `indices.npy` `[windows, tokens, k]`: the teacher's likeliest words, uint16 where all words fit, otherwise int32
+    - `indices.npy` `[windows, tokens, k]`: the teacher's likeliest tokens, uint16 where all fit, otherwise int32
     - `log_p.npy` `[windows, tokens, k + 1]`: their logarithmic probabilities and that of all others together
     - `next_log_p.npy` `[windows, tokens]`: that of the next token at temperature 1, for gamma of CAKLD
     - `done.npy` `[windows]`, and `cache.json`: what all of it depends on
 
-    A token takes 2 k + 2 (k + 1) + 4 bytes for up to 65536 words and float16. The files have their final size from the
-    beginning, as holes, which take no space on most file systems.
+    A token takes 2 k + 2 (k + 1) + 4 bytes for up to 65536 tokens of a vocabulary and float16. The files have their
+    final size from the beginning, as holes, which take no space on most file systems.
 
     Args:
         folder: where it is, or will be.
         sizes: of the arrays.
         dtype: of `log_p`, one of `CACHE_DTYPES`; float16 is exact to 2^-11 of each logarithm, and float32 to the bit.
-        source: JSON-able, by readable names: what else the teacher's words depend on.
+        source: JSON-able, by readable names: what else the teacher's logits depend on.
 
     Raises:
         InputError: if an option is no such choice, or the folder holds something else.
@@ -70,8 +70,8 @@ class TeacherCache:
         require_whole("distill.top_k", sizes.top_k, 100)
         if sizes.top_k >= sizes.vocabulary:
             raise InputError(
-                f"distill.top_k is {sizes.top_k}, and the model has {sizes.vocabulary} words: distill.cache keeps some "
-                "of them, so set it to 100, or to less than all."
+                f"distill.top_k is {sizes.top_k}, and the vocabulary has {sizes.vocabulary} tokens: distill.cache "
+                "keeps some of them, so set it to 100, or to less than all."
             )
         self.folder, self.sizes, self.dtype = Path(folder).expanduser().absolute(), sizes, dtype
         made = {"format": _FORMAT, "dtype": dtype, **sizes._asdict(), **source}
@@ -86,8 +86,8 @@ class TeacherCache:
         """Make the folder, complete at once, unless it is there."""
         if self.folder.is_dir():
             return
-        windows, tokens, k, words = self.sizes
-        index = np.uint16 if words <= _UINT16 else np.int32
+        windows, tokens, k, vocabulary = self.sizes
+        index = np.uint16 if vocabulary <= _UINT16 else np.int32
         with replaced_folder(self.folder) as temporary:
             open_memmap(temporary / "indices.npy", "w+", index, (windows, tokens, k))
             open_memmap(temporary / "log_p.npy", "w+", np.dtype(self.dtype), (windows, tokens, k + 1))
@@ -114,15 +114,15 @@ class TeacherCache:
                 "set a smaller distill.top_k, or a folder on another disk."
             )
 
-    def write(self, windows: Sequence[int], words: TopK, next_log_p: Tensor) -> None:
-        """Keep what the teacher says of some windows, on disk before they are marked as done.
+    def write(self, windows: Sequence[int], top_k: TopK, next_log_p: Tensor) -> None:
+        """Keep the teacher's logits of some windows, on disk before they are marked as done.
 
         Args:
-            words: of all their tokens, one after the other.
+            top_k: of all their tokens, one after the other.
             next_log_p: `[windows * tokens]`.
         """
         arrays, some, tokens = self._arrays, list(windows), self.sizes.tokens
-        found = {"indices": words.indices, "log_p": words.log_p, "next_log_p": next_log_p}
+        found = {"indices": top_k.indices, "log_p": top_k.log_p, "next_log_p": next_log_p}
         for name, value in found.items():
             arrays[name][some] = value.cpu().numpy().reshape(len(some), tokens, *value.shape[1:])
             arrays[name].flush()
@@ -130,7 +130,7 @@ class TeacherCache:
         arrays["done"].flush()
 
     def window(self, index: int) -> dict[str, Tensor]:
-        """The teacher's words for a training window, as a batch holds them beside its tokens.
+        """The teacher's logits for a training window, as a batch holds them beside its tokens.
 
         Raises:
             InputError: if they were never computed.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_modules.distillation.lazy_logits import LazyLogits, Linear
 from lightning_modules.distillation.logits import LogitLoss
-from lightning_modules.distillation.said import Linear, Said
 from lightning_modules.distillation.top_k import TopK
 from qat.kernels.linear_loss import chunks, linear_loss
 
@@ -21,14 +21,14 @@ class Sums:
     divergence: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
-def at_heads(student: Linear, teacher: Said, targets: Tensor, chunk: int, loss: LogitLoss) -> tuple[Tensor, Sums]:
+def at_heads(student: Linear, teacher: LazyLogits, targets: Tensor, chunk: int, loss: LogitLoss) -> tuple[Tensor, Sums]:
     """The sum of `loss` over all tokens, from what the output heads multiply.
 
     Of `chunk` tokens at a time both heads make their logits, which become the gradient of the student's and are
     forgotten: see `qat.kernels.linear_loss`. The teacher gets no gradient.
 
     Args:
-        teacher: what its head multiplies, in the dtype of matrix products (`Linear.cast`), or its words.
+        teacher: what its head multiplies, in the dtype of matrix products (`Linear.cast`), or its top k.
         targets: `[tokens]`, -100 where a token counts nothing.
 
     Returns:
@@ -42,7 +42,7 @@ def at_heads(student: Linear, teacher: Said, targets: Tensor, chunk: int, loss: 
     return linear_loss(*student, chunk, rows_loss), sums
 
 
-def of_logits(z: Tensor, teacher: Said, targets: Tensor, chunk: int, loss: LogitLoss) -> tuple[Tensor, Sums]:
+def of_logits(z: Tensor, teacher: LazyLogits, targets: Tensor, chunk: int, loss: LogitLoss) -> tuple[Tensor, Sums]:
     """The same of logits `[tokens, vocabulary]`, differentiable in z: for heads that are more than a product."""
     sums = Sums()
     total: Tensor = _OfLogits.apply(z, teacher, targets, chunk, loss, sums)
@@ -62,7 +62,9 @@ def _added(
 
 class _OfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, teacher: Said, targets: Tensor, chunk: int, loss: LogitLoss, sums: Sums) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, teacher: LazyLogits, targets: Tensor, chunk: int, loss: LogitLoss, sums: Sums
+    ) -> Tensor:
         dz = torch.empty_like(z) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
         for rows in chunks(len(z), chunk):

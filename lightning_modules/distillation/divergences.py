@@ -1,8 +1,8 @@
 """How far the distribution q of a student is from the distribution p of its teacher, and the gradient of that.
 
-Each function takes log p and log q, `[rows, words]`, which are not to be used afterwards, and returns the divergence of
-each row `[rows]` in nats and its gradient with respect to the student's logits `[rows, words]`. For any divergence
-sum_i f(p_i, q_i) that is
+Each function takes log p and log q, `[rows, vocabulary]`, which are not to be used afterwards, and returns the
+divergence of each row `[rows]` in nats and its gradient with respect to the student's logits `[rows, vocabulary]`.
+For any divergence sum_i f(p_i, q_i) that is
 
     d/da_j = q_j (f'_j - sum_i q_i f'_i)    with f'_i = df/dq_i and q = softmax(a).
 """

@@ -1,4 +1,4 @@
-"""Computing the teacher's words for training windows."""
+"""Computing the teacher's logits for training windows."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_modules.data import CausalLMDataModule
 from lightning_modules.distillation.cache import TeacherCache
+from lightning_modules.distillation.lazy_logits import chunk_of, lazy_logits, proven_head
 from lightning_modules.distillation.objective import Distillation
-from lightning_modules.distillation.said import chunk_of, proven_head, said_by
 from lightning_modules.distillation.top_k import TopK, top_k_of
 from lightning_modules.head import AS_IS, Head
 from qat.kernels.linear_loss import chunks
@@ -43,7 +43,7 @@ def fill(
         InputError: if they do not fit on the disk.
     """
     teacher, windows = distillation.teacher, data.train_windows
-    assert teacher is not None, "teach(model) makes it"
+    assert teacher is not None, "make_teacher(model) makes it"
     assert windows is not None
     cache.make_room(wanted)
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -53,12 +53,12 @@ def fill(
     for some in track(todo, "the teacher reads, once", console=console, transient=True):
         ids = torch.stack([windows[index]["input_ids"] for index in some]).to(device)
         with precision():
-            words, next_log_p = words_of(teacher, head, ids, cache.sizes.top_k, distillation.temperature)
-        cache.write(some, words, next_log_p)
+            top_k, next_log_p = top_k_logits(teacher, head, ids, cache.sizes.top_k, distillation.temperature)
+        cache.write(some, top_k, next_log_p)
 
 
 @torch.no_grad()
-def words_of(teacher: Any, head: Head | None, ids: Tensor, k: int, temperature: float) -> tuple[TopK, Tensor]:
+def top_k_logits(teacher: Any, head: Head | None, ids: Tensor, k: int, temperature: float) -> tuple[TopK, Tensor]:
     """What `teacher` predicts after each token.
 
     Args:
@@ -66,15 +66,15 @@ def words_of(teacher: Any, head: Head | None, ids: Tensor, k: int, temperature: 
         ids: `[batch, tokens]`.
 
     Returns:
-        its words at `temperature`, and the logarithmic probability of the next token at 1 `[batch * tokens]`, which
+        its top k at `temperature`, and the logarithmic probability of the next token at 1 `[batch * tokens]`, which
         means nothing for the last one of a window.
     """
-    said = said_by(teacher, head, {"input_ids": ids})
+    logits = lazy_logits(teacher, head, {"input_ids": ids})
     shape, targets = AS_IS if head is None else head.shape, F.pad(ids, (0, 1))[:, 1:].reshape(-1, 1)
-    words, next_log_p = [], []
+    top_k, next_log_p = [], []
     for rows in chunks(len(targets), chunk_of(teacher)):
-        v = shaped(said.rows(rows), *shape)[0].float()
-        words.append(top_k_of(v / temperature, k))
+        v = shaped(logits.rows(rows), *shape)[0].float()
+        top_k.append(top_k_of(v / temperature, k))
         next_log_p.append(F.log_softmax(v, -1).gather(-1, targets[rows])[:, 0])
-    indices, log_p = (torch.cat(parts) for parts in zip(*words, strict=True))
+    indices, log_p = (torch.cat(parts) for parts in zip(*top_k, strict=True))
     return TopK(indices, log_p), torch.cat(next_log_p)

@@ -38,7 +38,7 @@ class LogitLoss:
         divergence: D.
         weight: from 0 to 1.
         temperature: T, positive.
-        top_k: how many words of the teacher's are told apart; None: all.
+        top_k: how many of the teacher's likeliest tokens are told apart; None: all.
         shape, teacher_shape: what becomes of the heads' outputs, student's and teacher's.
     """
 
@@ -55,7 +55,7 @@ class LogitLoss:
 
         Args:
             z: outputs of the head `[rows, vocabulary]`, overwritten.
-            teacher: those of the teacher's, overwritten; or its words, at this temperature.
+            teacher: those of the teacher's, overwritten; or its top k, at this temperature.
             targets: the next tokens `[rows]`; rows whose target is -100 have loss and gradient 0.
         """
         if isinstance(teacher, Tensor) and self._is_fused(z, teacher):
@@ -79,9 +79,9 @@ class LogitLoss:
         return Losses(cross_entropies, divergences, gradient.masked_fill_(~counts[:, None], 0).to(dtype))
 
     def _is_fused(self, z: Tensor, teacher: Tensor) -> bool:
-        """Whether a kernel computes it: on a GPU, where all words are told apart."""
-        all_words = self.top_k is None or self.top_k == z.shape[-1]
-        return all_words and dispatch.runs_triton(z) and torch.float64 not in (z.dtype, teacher.dtype)
+        """Whether a kernel computes it: on a GPU, where all tokens are told apart."""
+        all_tokens = self.top_k is None or self.top_k == z.shape[-1]
+        return all_tokens and dispatch.runs_triton(z) and torch.float64 not in (z.dtype, teacher.dtype)
 
     def _fused(self, z: Tensor, teacher: Tensor, targets: Tensor, with_gradient: bool) -> Losses:
         from qat.kernels.logits.divergence import Mix, losses_and_gradient
@@ -100,10 +100,10 @@ class LogitLoss:
             return self.divergence.compute(F.log_softmax(b, -1), F.log_softmax(a, -1))
         return self._of_few(a, top_k_of(b, self.top_k))
 
-    def _of_few(self, a: Tensor, words: TopK) -> tuple[Tensor, Tensor]:
-        few, rest = words.few(a)
-        losses, gradient = self.divergence.compute(words.log_p_as(a.dtype), F.log_softmax(few, -1))
-        return losses, words.back(gradient, few, rest)
+    def _of_few(self, a: Tensor, top_k: TopK) -> tuple[Tensor, Tensor]:
+        few, rest = top_k.few(a)
+        losses, gradient = self.divergence.compute(top_k.log_p_as(a.dtype), F.log_softmax(few, -1))
+        return losses, top_k.back(gradient, few, rest)
 
     def _tempered(self, v: Tensor) -> Tensor:
         return v if self.temperature == 1 else v / self.temperature

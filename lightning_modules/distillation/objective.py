@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.data.windows import IGNORED
-from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P, words_of_batch
+from lightning_modules.distillation.cache import CACHE_DTYPES, INDICES, LOG_P, top_k_of_batch
 from lightning_modules.distillation.chunked import Sums, at_heads, of_logits
 from lightning_modules.distillation.divergences import divergence_of
+from lightning_modules.distillation.lazy_logits import LazyLogits, chunk_of, head_inputs, lazy_logits, proven_head
 from lightning_modules.distillation.logits import LogitLoss
-from lightning_modules.distillation.said import Said, chunk_of, head_inputs, proven_head, said_by
 from lightning_modules.distillation.teacher import confidence, make_teacher, share_frozen, vocabulary
 from lightning_modules.distillation.watched import outputs_of
 from lightning_modules.head import AS_IS, Head
@@ -21,7 +21,7 @@ from qat.errors import InputError, nearest
 from qat.options import require_whole, require_within
 
 Batch = Mapping[str, Tensor]
-_WORDS = (INDICES, LOG_P)
+_CACHED = (INDICES, LOG_P)
 
 
 class Term(Protocol):
@@ -36,10 +36,10 @@ class Term(Protocol):
         """The loss, from those outputs."""
 
 
-class Lesson(NamedTuple):
-    """What the teacher says of a batch, if logits are compared, and outputs inside of it."""
+class TeacherOutputs(NamedTuple):
+    """The teacher's logits of a batch, where logits are compared, and outputs of modules inside of it."""
 
-    said: Said | None
+    logits: LazyLogits | None
     inside: Mapping[nn.Module, Tensor]
 
 
@@ -68,11 +68,11 @@ class Distillation:
         divergence: `forward_kl`, `reverse_kl`, `jsd` or `cakld`, see `divergences`.
         weight: of the divergence, from 0 to 1; the rest is that of cross entropy.
         temperature: divides the logits of both, positive.
-        top_k: how many words of the teacher's are told apart, see `TopK`; None: all.
+        top_k: how many of the teacher's likeliest tokens are told apart, see `TopK`; None: all.
         beta: of jsd.
-        gamma: of cakld; None measures it with the teacher, see `measure`.
-        cache: a folder for the teacher's `top_k` words of every training window, which then teach in its place: see
-            `recall`. None: the teacher reads every batch.
+        gamma: of cakld; None measures it with the teacher, see `measure_gamma`.
+        cache: a folder for the teacher's `top_k` logits of every training window, which then take its place: see
+            `train_from_cache`. None: the teacher reads every batch.
         cache_dtype: of their logarithmic probabilities there.
         hidden, attention: terms inside of the models; weight 0 is off.
 
@@ -113,36 +113,38 @@ class Distillation:
         self.divergence, self.beta, self.gamma = divergence, beta, gamma
         self.cache, self.cache_dtype = cache, cache_dtype
         self.teacher: nn.Module | None = None
-        self._recalls = False
+        self._from_cache = False
         self._fit: _Fit | None = None
 
     @property
     def needs_gamma(self) -> bool:
-        """Whether `measure` is still to be called."""
+        """Whether `measure_gamma` is still to be called."""
         return bool(self.weight) and self.divergence == "cakld" and self.gamma is None
 
-    def teach(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def make_teacher(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Make the teacher, of `model` as it is now: before anything is pruned, rotated or quantized.
 
         Raises:
             InputError: if it cannot teach this student, or `top_k` is more than its vocabulary.
         """
-        words = vocabulary(model)
-        if self.top_k is not None and self.top_k > words:
-            raise InputError(f"distill.top_k is {self.top_k}, and the model has {words} words: set it to 100, or null.")
+        tokens = vocabulary(model)
+        if self.top_k is not None and self.top_k > tokens:
+            raise InputError(
+                f"distill.top_k is {self.top_k}, and the vocabulary has {tokens} tokens: set it to 100, or null."
+            )
         self.teacher = make_teacher(model, self.name, self.dtype, tokenizer)
 
-    def measure(self, batches: Iterable[Batch]) -> float:
+    def measure_gamma(self, batches: Iterable[Batch]) -> float:
         """Find gamma of cakld: how sure the teacher is of the next token of `batches`, which the paper does once.
 
         Once, and not for each batch: so the gradient of a batch is that of its parts.
         """
-        self.gamma = confidence(self._taught(), batches)
+        self.gamma = confidence(self._require_teacher(), batches)
         return self.gamma
 
-    def recall(self) -> None:
-        """Learn from the words of a `TeacherCache` from now on, which come with every batch; the teacher is let go."""
-        self.teacher, self._recalls = None, True
+    def train_from_cache(self) -> None:
+        """Take logits from a `TeacherCache` from now on, which come with every batch; the teacher is let go."""
+        self.teacher, self._from_cache = None, True
 
     def start(self, student: nn.Module, at_heads: bool = True, compiled: bool = False) -> None:
         """Get ready to train `student`, as transforms left it, on its device.
@@ -154,9 +156,11 @@ class Distillation:
         Raises:
             InputError: if there is no teacher, or a term does not fit the models.
         """
-        teacher = None if self._recalls else self._taught()
+        teacher = None if self._from_cache else self._require_teacher()
         if self.needs_gamma:
-            raise InputError("distill.gamma is not known: call measure(batches) after teach(model), or set it to 0.5.")
+            raise InputError(
+                "distill.gamma is not known: call measure_gamma(batches) after make_teacher(model), or set it to 0.5."
+            )
         if compiled and self.terms:
             raise InputError(
                 f"distill.{next(iter(self.terms))} looks into blocks, which compiled ones do not show: set "
@@ -177,68 +181,68 @@ class Distillation:
         self._fit = None
 
     @torch.no_grad()
-    def lesson(self, batch: Batch, words: Mapping[str, Tensor] | None = None) -> Lesson:
-        """What the teacher says of `batch`.
+    def teacher_outputs(self, batch: Batch, cached: Mapping[str, Tensor] | None = None) -> TeacherOutputs:
+        """What the teacher computes of `batch`.
 
         Args:
-            words: what a cache has beside it, see `split`.
+            cached: what a cache has beside it, see `split`.
 
         Raises:
-            InputError: if they are to be learned from, and missing.
+            InputError: if these are to be learned from, and missing.
         """
-        fit = self._started()
-        if self._recalls:
-            if not words:
-                raise InputError("A batch has no words of the teacher: set data.beside = cache.window.")
-            return Lesson(words_of_batch(words), {})
-        teacher, inputs = self._taught(), _without_labels(batch)
+        fit = self._require_fit()
+        if self._from_cache:
+            if not cached:
+                raise InputError("A batch has no cached logits of the teacher: set data.beside = cache.window.")
+            return TeacherOutputs(top_k_of_batch(cached), {})
+        teacher, inputs = self._require_teacher(), _without_labels(batch)
         with outputs_of([theirs for pairs in fit.pairs.values() for _, theirs in pairs]) as inside:
-            said = said_by(teacher, fit.teacher_head, inputs)
-        return Lesson(said if self.weight else None, inside)
+            logits = lazy_logits(teacher, fit.teacher_head, inputs)
+        return TeacherOutputs(logits if self.weight else None, inside)
 
     def loss(
-        self, batch: Batch, lesson: Lesson, cross_entropy: Callable[[Batch], Tensor]
+        self, batch: Batch, teacher: TeacherOutputs, cross_entropy: Callable[[Batch], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of `batch`, 0 where no token is learned, and its terms without their weights.
 
         Args:
             batch: `input_ids` and `labels` `[batch, tokens]`.
-            lesson: of the same batch.
+            teacher: its outputs for the same batch.
             cross_entropy: the student's loss alone, where its logits are not compared.
         """
-        fit = self._started()
+        fit = self._require_fit()
         with outputs_of([own for pairs in fit.pairs.values() for own, _ in pairs]) as inside:
             if self.weight:
-                loss, measured = self._loss_of_logits(fit, batch, lesson)
+                loss, measured = self._loss_of_logits(fit, batch, teacher)
             else:
                 loss = cross_entropy(batch)
                 measured = {"cross_entropy": loss.detach()}
         for name, term in self.terms.items():
-            found = term([(inside[own], lesson.inside[theirs]) for own, theirs in fit.pairs[name]], batch)
+            found = term([(inside[own], teacher.inside[theirs]) for own, theirs in fit.pairs[name]], batch)
             loss, measured[name] = loss + term.weight * found, found.detach()
         return loss, measured
 
-    def _loss_of_logits(self, fit: _Fit, batch: Batch, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss_of_logits(self, fit: _Fit, batch: Batch, teacher: TeacherOutputs) -> tuple[Tensor, dict[str, Tensor]]:
         targets = next_tokens(batch["labels"])
         count = (targets != IGNORED).sum().clamp(min=1)
         if fit.head is None:
-            total, sums = self._of_whole_logits(fit, batch, lesson, targets, count)
+            total, sums = self._of_whole_logits(fit, batch, teacher, targets, count)
         else:
-            assert lesson.said is not None
+            assert teacher.logits is not None
             student = head_inputs(fit.head, _without_labels(batch))
             with torch.profiler.record_function("loss"):
-                total, sums = at_heads(student, lesson.said, targets, chunk_of(fit.student), fit.logit_loss)
+                total, sums = at_heads(student, teacher.logits, targets, chunk_of(fit.student), fit.logit_loss)
         measured = {"cross_entropy": sums.cross_entropy / count, "divergence": sums.divergence / count}
         return total / count, measured
 
     def _of_whole_logits(
-        self, fit: _Fit, batch: Batch, lesson: Lesson, targets: Tensor, count: Tensor
+        self, fit: _Fit, batch: Batch, teacher: TeacherOutputs, targets: Tensor, count: Tensor
     ) -> tuple[Tensor, Sums]:
         """The same for heads that are more than a product: the model's own loss and its own logits."""
-        assert lesson.said is not None
+        assert teacher.logits is not None
         output = fit.student(**batch, use_cache=False)
         z = output.logits.flatten(0, 1)
-        total, sums = of_logits(z, lesson.said, targets, chunk_of(fit.student), fit.logit_loss)
+        total, sums = of_logits(z, teacher.logits, targets, chunk_of(fit.student), fit.logit_loss)
         if self.weight == 1:
             return total, sums
         # The model's mean over no token is NaN.
@@ -253,22 +257,22 @@ class Distillation:
         return LogitLoss(divergence, self.weight, self.temperature, self.top_k, head.shape, theirs)
 
     def _check_cached(self) -> None:
-        """Refuse what needs more of the teacher than its words."""
+        """Refuse what needs more of the teacher than its likeliest tokens."""
         if self.top_k is None:
-            raise InputError("distill.cache keeps some words of the teacher's for each token: set distill.top_k=100.")
+            raise InputError("distill.cache keeps the teacher's likeliest tokens alone: set distill.top_k=100.")
         if self.terms:
             name = next(iter(self.terms))
             raise InputError(
-                f"distill.{name} looks into the teacher, of which distill.cache keeps words only: set "
+                f"distill.{name} looks into the teacher, of which distill.cache keeps logits only: set "
                 f"distill.{name}.weight=0, or distill.cache=null."
             )
 
-    def _taught(self) -> nn.Module:
+    def _require_teacher(self) -> nn.Module:
         if self.teacher is None:
-            raise InputError("There is no teacher: call distillation.teach(model) before the model is prepared.")
+            raise InputError("There is no teacher: call distillation.make_teacher(model) before the model is prepared.")
         return self.teacher
 
-    def _started(self) -> _Fit:
+    def _require_fit(self) -> _Fit:
         if self._fit is None:
             raise InputError("Distillation has no student: call distillation.start(model) after it is prepared.")
         return self._fit
@@ -278,7 +282,7 @@ def split(batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What of a batch is the model's, and what is the teacher's."""
     parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for name, value in batch.items():
-        parts[name in _WORDS][name] = value
+        parts[name in _CACHED][name] = value
     return parts
 
 

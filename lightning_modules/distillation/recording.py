@@ -1,4 +1,4 @@
-"""What a run needs of a cache of its teacher's words: which one it is, and which windows."""
+"""What a run needs of a cache of its teacher's logits: which one it is, and which windows."""
 
 from collections.abc import Sequence
 

@@ -111,8 +111,8 @@ def _check_vocabulary(name: str, model: nn.Module, teacher: nn.Module) -> None:
     own, theirs = vocabulary(model), vocabulary(teacher)
     if own != theirs:
         raise InputError(
-            f"distill.teacher='{name}' has {theirs} words and the student {own}, so their logits cannot be compared: "
-            "take a teacher of the same vocabulary, or distill.teacher=null, the model itself."
+            f"distill.teacher='{name}' has {theirs} tokens in its vocabulary and the student {own}, so their logits "
+            "cannot be compared: take a teacher of the same vocabulary, or distill.teacher=null, the model itself."
         )
 
 

@@ -1,4 +1,4 @@
-"""Distributions over a few words and all the others together."""
+"""Distributions over the k likeliest tokens and all the others together."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 
 class TopK(NamedTuple):
-    """The words that the teacher holds most likely for each row, and one more for all the rest.
+    """The tokens that the teacher holds most likely to follow, for each row, and one more for all the rest.
 
-    What is left out counts as one word with their summed probability, so the divergence is one of true distributions
-    and at most that over all words: probability that the student gives to the rest is seen, and none is made up for the
-    others by renormalising, which would bias them ("Sparse Logit Sampling: Accelerating Knowledge Distillation in
+    What is left out counts as one token with their summed probability, so the divergence is one of true distributions
+    and at most that over all tokens: probability that the student gives to the rest is seen, and none is made up for
+    the others by renormalising, which would bias them ("Sparse Logit Sampling: Accelerating Knowledge Distillation in
     LLMs", arXiv 2503.16870).
 
     Attributes:
-        indices: of the words `[rows, k]`, k fewer than all, the likeliest first.
+        indices: of the tokens `[rows, k]`, k fewer than all, the likeliest first.
         log_p: their logarithmic probabilities and that of the rest `[rows, k + 1]`.
     """
 
@@ -47,7 +47,7 @@ class TopK(NamedTuple):
 
 
 def top_k_of(v: Tensor, k: int) -> TopK:
-    """The `k` likeliest words of logits `[rows, vocabulary]`, which the temperature has divided."""
+    """The `k` likeliest tokens of logits `[rows, vocabulary]`, which the temperature has divided."""
     indices = v.topk(k, -1).indices
     return TopK(indices, F.log_softmax(_few(v, indices)[0], -1))
 

@@ -37,7 +37,7 @@ def first_tokens(allowed: Sequence[int], texts: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def written_after(
+def sample_texts(
     model: Any,
     first: Tensor,
     length: int,

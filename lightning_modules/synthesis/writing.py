@@ -16,7 +16,7 @@ from lightning_modules.data.generated import DESCRIPTION, TOKENS, identity_of
 from lightning_modules.data.windows import NOT_LEARNED
 from lightning_modules.fingerprint import differences, of_model
 from lightning_modules.models import LoadedModel
-from lightning_modules.synthesis.sampling import first_tokens, written_after
+from lightning_modules.synthesis.sampling import first_tokens, sample_texts
 from qat.atomic import replaced_file, replaced_folder
 from qat.errors import InputError
 from qat.options import require_whole
@@ -99,7 +99,7 @@ def _write_parts(loaded: LoadedModel, folder: Path, settings: Settings, console:
     end = loaded.tokenizer.eos_token_id
     for batch in track(todo, f"{loaded.name} writes", console=console, transient=True):
         how = settings.length, settings.greedy, settings.temperature, end, settings.seed, batch
-        _save(parts[batch], [as_tokens(text) for text in written_after(loaded.model, first[batch], *how)])
+        _save(parts[batch], [as_tokens(text) for text in sample_texts(loaded.model, first[batch], *how)])
     _save(folder / TOKENS, [np.load(part) for part in parts])
 
 

@@ -137,7 +137,7 @@ def walk(
             task = progress.add_task(title, total=len(stack))
             for index, module in enumerate(stack):
                 block = Block(f"{name}.{index}", module.to(device), index, len(stack), calls[index], device)
-                targets = block.targets = _targets(block, targets)
+                targets = block.targets = targets_of(block, targets)
                 if not finished.restore(index, module):
                     work(block)
                     finished.keep(index, module)
@@ -161,7 +161,7 @@ def _pass_on(block: Block, calls: list[list[Call]]) -> None:
 
 
 @torch.no_grad()
-def _targets(block: Block, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
+def targets_of(block: Block, hidden: Sequence[Tensor]) -> Sequence[Tensor]:
     """What leaves `block` in full precision where `hidden`, of each call, enters it."""
     with full_precision(block.module):
         pairs = zip(block.calls, hidden, strict=False)  # there may be none

@@ -110,6 +110,31 @@ def magnitudes(block: Block, modules: Sequence[nn.Module], largest: bool = False
     return [sums[i] if largest else sums[i] / counts[i] for i in range(len(modules))]
 
 
+@torch.no_grad()
+def running_order(block: Block) -> Group:
+    """The linear layers of `block` with quantized weights that its calls reach, in the order in which they run."""
+    found: Group = {}
+
+    def note(name: str, layer: QuantLinear, *_: object) -> None:
+        found.setdefault(name, layer)
+
+    layers = quantized_linears(block.module)
+    _run(block, block.calls, {name: (layer, partial(note, name)) for name, layer in layers.items()})
+    return found
+
+
+@torch.no_grad()
+def inputs_of(block: Block, layer: nn.Module) -> list[Tensor]:
+    """All that `layer` of `block` is given in its calls, held where these are."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0].to(block.calls[0].hidden.device))
+
+    _run(block, block.calls, {"": (layer, keep)})
+    return [x for x in found if x.numel()]  # an expert may be given no token
+
+
 def quantized_linears(module: nn.Module) -> Group:
     """The linear layers within `module` whose weights get codes, by their names in it."""
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantLinear) and is_quantized_linear(m)}

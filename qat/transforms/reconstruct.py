@@ -1,6 +1,6 @@
-"""Block-wise training of a whole model: a warm start for training end to end."""
+"""Block-wise or layer-wise training of a whole model: a warm start for training end to end."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import InputError
+from qat.errors import InputError, nearest
 from qat.nn import QuantLinear
 from qat.options import require_whole, require_within
 from qat.quantizers import Quantizer
 from qat.transforms.block_error import Drawn, block_error, gradients
-from qat.transforms.blocks import Block, walk
+from qat.transforms.blocks import Block, Call, targets_of, walk
 from qat.transforms.build import found_at
-from qat.transforms.inputs import quantized_linears
+from qat.transforms.inputs import inputs_of, quantized_linears, running_order
 from qat.transforms.plain import uncalibrated_off
+
+UNITS = ("block", "layer")
 
 
 def reconstruct(
@@ -29,6 +31,7 @@ def reconstruct(
     quantizer_lr: float = 1e-3,
     device: torch.device | str | None = None,
     folder: str | Path | None = None,
+    unit: str = "block",
 ) -> nn.Module:
     """Train the quantized linear layers of each block in turn, so that it gives what it gave in full precision.
 
@@ -42,15 +45,24 @@ def reconstruct(
     to zero along a cosine. What was learned is kept if the block's error on all batches is less than before. Static
     activation quantizers that nothing calibrated yet let everything through.
 
+    With `unit="layer"` each linear layer trains alone, in the order in which they run, to give what its weight W
+    gives in full precision,
+
+        min mean (Q(W') x_q - W x_q)^2
+
+    with W' that starts at W, and x_q as the quantized layers before it make it: no layer makes up for
+    those before it.
+
     Args:
         model: prepared.
         batches: mappings, passed as keywords.
-        steps: of Adam for each block.
+        steps: of Adam for each unit.
         batch_size: sequences for each step; at least those of one batch are taken.
-        lr, quantizer_lr: first rates, of weights and biases and of what quantizers learn. Steps are taken in float32,
-            whatever the dtype of the model.
+        lr, quantizer_lr: first rates, of weights and biases and of what quantizers learn; 0 leaves them. Steps are
+            taken in float32, whatever the dtype of the model.
         device: where to compute; blocks go there one at a time. Default: where the model is.
         folder: where finished blocks are kept, so that a run that was killed goes on; see `qat.transforms.discard`.
+        unit: what trains at a time: `block` or `layer`.
 
     Returns:
         `model`: its weights are trained, and lie between the values of their grids as before.
@@ -59,6 +71,8 @@ def reconstruct(
         InputError: if the model has no blocks, no linear layer in them has a quantized weight, an option is out of
             range, there is no data, or it holds NaN.
     """
+    if unit not in UNITS:
+        raise InputError(f"Reconstruction has no unit '{unit}'.{nearest(str(unit), UNITS)}")
     require_whole("steps", steps, usual=200)
     require_whole("batch_size", batch_size, usual=8)
     require_within("lr", lr, usual=1e-4, low=0, high=1)
@@ -67,14 +81,30 @@ def reconstruct(
         raise InputError(
             "Reconstruction trains quantized linear layers, and the model has none: prepare it with scheme=w4."
         )
-    work = partial(_reconstruct_block, steps=steps, batch_size=batch_size, rates=(lr, quantizer_lr))
-    key = f"reconstruct {steps} {batch_size} {lr} {quantizer_lr}"
+    train = partial(_reconstruct, steps=steps, batch_size=batch_size, rates=(lr, quantizer_lr))
+
+    def work(block: Block) -> None:
+        for own in [block] if unit == "block" else _layers_of(block):
+            train(own)
+
+    key = f"reconstruct {unit} {steps} {batch_size} {lr} {quantizer_lr}"
     with uncalibrated_off(model):
         walk(model, batches, work, "reconstruction", device, folder, key, with_targets=True)
     return model
 
 
-def _reconstruct_block(block: Block, steps: int, batch_size: int, rates: tuple[float, float]) -> None:
+def _layers_of(block: Block) -> Iterator[Block]:
+    """Every linear layer as a block of its own, whose calls are made by the layers before it as they are by then."""
+    layers = running_order(block)
+    for index, (name, layer) in enumerate(layers.items()):
+        inputs = inputs_of(block, layer)
+        calls = [Call(x, (), {}) for x in inputs]
+        own = Block(f"{block.name}.{name}", layer, index, len(layers), calls, block.device)
+        own.targets = targets_of(own, inputs)
+        yield own
+
+
+def _reconstruct(block: Block, steps: int, batch_size: int, rates: tuple[float, float]) -> None:
     layers = list(quantized_linears(block.module).values())
     if not layers:
         return

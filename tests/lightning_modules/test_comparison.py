@@ -3,13 +3,16 @@
 import json
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lightning_modules.comparison.arms import _OF_THE_SCHEME, full_precision, rounded_arms, trained_arms
-from lightning_modules.comparison.outcome import Outcome, spread, verdict
+from lightning_modules.comparison.outcome import Outcome, Recovered, recovered, spread, verdict
 from lightning_modules.comparison.picture import draw
+from lightning_modules.comparison.recipe import chooses_recipe, spelled_out
 from qat.errors import InputError
 from tests.lightning_modules.test_cli import forks, shell  # noqa: F401
+from tests.lightning_modules.test_recipes import CONFIGS, RECIPES
 
 GIVEN = [
     *("method=compare", "compare.seeds=[0,1]", "scheme=w4", "quantizer@scheme.weight=lsq", "scheme.weight.bits=3"),
@@ -60,9 +63,17 @@ def outcome(trained, rounded=None, full=(10.0, 10.0)):
 def test_what_is_recovered_is_counted_from_the_best_rounding():
     found = outcome([12.0, 14.0])
     assert found.best == "gptq"
-    assert found.recovered("qat") == pytest.approx(0.7)
-    assert found.recovered_by_seed("qat") == pytest.approx([0.8, 0.6])
+    assert found.recovered("qat").by_seed == pytest.approx([0.8, 0.6])
     assert found.wins("qat") == 2
+
+
+def test_what_is_recovered_is_the_mean_of_the_shares_not_the_share_of_the_means():
+    found = recovered([20.0, 110.0, 9.0], [12.0, 60.0, 9.0], [10.0, 10.0, 10.0])
+    assert found.by_seed == pytest.approx([0.8, 0.5])  # in the last seed rounding loses nothing
+    assert (found.mean, found.spread) == pytest.approx((0.65, 0.3 / 2**0.5))
+    assert str(found) == "65% ± 21%"
+    assert (Recovered([]).mean, Recovered([]).spread, str(Recovered([]))) == (None, None, "")
+    assert (Recovered([0.5]).mean, Recovered([0.5]).spread, str(Recovered([0.5]))) == (0.5, None, "50%")
 
 
 @pytest.mark.parametrize(
@@ -70,10 +81,13 @@ def test_what_is_recovered_is_counted_from_the_best_rounding():
     [
         (
             outcome([12.0, 14.0]),
-            "qat beats every post-training quantization in 2 of 2 seeds: it recovers 70% (60% to 80%)",
+            "qat beats every post-training quantization in 2 of 2 seeds: it recovers 70% ± 14% of",
         ),
-        (outcome([12.0, 22.0]), "qat beats every post-training quantization only in 1 of 2 seeds: it recovers 30%"),
-        (outcome([22.0, 24.0]), "qat does NOT beat post-training quantization: it recovers -30% (-40% to -20%) of"),
+        (
+            outcome([12.0, 22.0]),
+            "qat beats every post-training quantization only in 1 of 2 seeds: it recovers 30% ± 71%",
+        ),
+        (outcome([22.0, 24.0]), "qat does NOT beat post-training quantization: it recovers -30% ± 14% of"),
         (
             outcome([12.0, 14.0], {"rtn": [9.0, 10.0]}),
             "qat does NOT beat post-training quantization: rtn loses nothing",
@@ -82,7 +96,7 @@ def test_what_is_recovered_is_counted_from_the_best_rounding():
         # In one of the seeds rounding loses nothing, which hides neither the wins nor what it loses in the other.
         (
             outcome([9.0, 11.0], {"rtn": [9.5, 14.0]}),
-            "qat beats rtn in 2 of 2 seeds: it recovers 100% of what rtn loses",
+            "qat beats rtn in 2 of 2 seeds: it recovers 75% of what rtn loses in the 1 of 2 seeds where it loses",
         ),
         (outcome([12.0, 14.0], {}), "qat was compared with no post-training quantization"),
     ],
@@ -148,12 +162,55 @@ def test_what_is_pruned_is_pruned_once_and_codebooks_are_refreshed_where_there_a
     assert sizes == {64}
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_spelled_out_by_options_that_compose_the_same(recipe):
+    def leaves(options):
+        return OmegaConf.to_container(compose("train", options), resolve=False)
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        options = spelled_out([f"experiment={recipe}", "seed=3", "optimizer.lr=1"])
+        assert leaves(options) == leaves([f"experiment={recipe}", "seed=3", "optimizer.lr=1"])
+        assert not chooses_recipe(options)
+        chosen = spelled_out([f"experiment={recipe}", "transforms=awq", "distill=minilm"])
+        assert [option for option in chosen if option.startswith(("transforms=", "distill="))] == chosen[-2:]
+        full = full_precision(options, 1).options
+    assert not any(option.lstrip("+").startswith(_OF_THE_SCHEME) for option in full)
+    assert any(option.startswith("++scheduler.num_warmup_steps=") for option in full)
+
+
+def test_an_arm_may_have_another_recipe():
+    given, arms = ["method=compare", "experiment=int4"], {"qat": ["method=qat"], "k": ["experiment=kmeans4"]}
+    assert [arm.options for arm in trained_arms(given, arms, 0)] == [
+        ["experiment=int4", "seed=0", "method=qat"],
+        ["seed=0", "experiment=kmeans4"],
+    ]
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_recipe_is_compared_with_roundings_to_its_own_grid(shell):  # noqa: F811
+    """The recipe as it is, and beside it full precision and roundings with its rates, schedule and bits."""
+    words = [option for option in shell.options if not option.startswith("scheme")]
+    words += ["trainer.max_steps=3", "calibration_batches=2", "transforms.reconstruct.steps=2"]
+    output = shell.run(
+        *("method=compare", "experiment=int2", *words, "compare.seeds=[0]", "compare.peers=[]", "hydra.run.dir=run"),
+        '+compare.trained.ternary=["experiment=ternary"]',
+        defaults=False,
+    )
+    assert all(arm in output for arm in ("rtn of it", "gptq of it", "awq of it", "qat", "ternary"))
+    paths = [
+        shell.folder / "run" / f"{arm}-0" / "native" / "quant_config.json" for arm in ("rtn", "gptq", "awq", "qat")
+    ]
+    layers = [json.loads(path.read_text())["layers"] for path in paths]
+    assert all(own == layers[-1] for own in layers)
+    assert layers[-1]["model.layers.0.mlp.up_proj"]["weights"]["weight"]["format"] == "levels4"
+
+
 @pytest.mark.usefixtures("forks")
 def test_a_comparison_of_nothing_is_refused(shell):  # noqa: F811
     assert "compare.seeds is []" in shell.fails("method=compare", "compare.seeds=[]")
     assert "compare.trained has no arm" in shell.fails("method=compare", "compare.trained.qat=null")
     assert "Two arms are called 'rtn'" in shell.fails("method=compare", '+compare.trained.rtn=["method=qat"]')
-    assert "give it to an arm" in shell.fails("method=compare", "experiment=kmeans3")
+    assert "'int5' in the group 'experiment'" in shell.fails("method=compare", "experiment=int5")
     mistaken = '+compare.trained.b=["method=qat","scheme.weight.bitz=2"]'
     assert "scheme.weight.bitz" in shell.fails("method=compare", mistaken)
     assert "one device each" in shell.fails("method=compare", "trainer.devices=2")

@@ -60,7 +60,7 @@ def test_a_frozen_parameter_changes_nothing_for_the_others(tmp_path):
 def test_what_is_frozen_is_not_held_twice_by_student_and_teacher(tmp_path):
     model = tiny_llama()
     distillation = Distillation()
-    distillation.teach(model)
+    distillation.make_teacher(model)
     teacher = distillation.teacher
     embedding = teacher.get_input_embeddings().weight
     qat.prepare(model, WEIGHTS["lsq"])

@@ -62,6 +62,8 @@ def test_a_peer_trains_beside_or_is_left_out_by_name(shell):  # noqa: F811
     kept = json.loads((shell.folder / "run" / "comparison.json").read_text())["arms"]
     assert kept["torchao-0"]["before"] == kept["fp-0"]["before"]
     assert len({kept[f"{arm}-0"]["perplexity"] for arm in ("fp", "rtn", "qat", "torchao")}) == 4
-    output = shell.run(*words, "quantizer@scheme.weight=kmeans", "scheme.weight.granularity=per_channel")
+    words[2] = '+compare.rounded.autoround=["transforms=autoround"]'
+    output = shell.run(*words, "quantizer@scheme.weight=vector", "scheme.weight.granularity=per_channel")
+    assert "autoround was left out: " in output
     assert "torchao was left out: torchao has no fake quantization of weights to" in output
     assert "'gptqmodel'" in shell.fails(*words, "compare.peers=[gptqmodel]")

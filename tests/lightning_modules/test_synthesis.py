@@ -12,7 +12,7 @@ from lightning_modules.data import GeneratedDataModule
 from lightning_modules.data.windows import NOT_LEARNED
 from lightning_modules.models import LoadedModel
 from lightning_modules.synthesis import Settings, write, writing
-from lightning_modules.synthesis.sampling import first_tokens, written_after
+from lightning_modules.synthesis.sampling import first_tokens, sample_texts
 from qat.errors import InputError
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.lightning_modules.test_cli import Shell, forks, shell, weights
@@ -66,7 +66,7 @@ def test_drawn_tokens_have_the_distribution_of_the_model(loaded):
     """
     loaded.model.generation_config.update(min_p=0.5, top_p=0.3, bad_words_ids=[[3]], repetition_penalty=3.0)
     first, temperature = torch.full((4000,), 7), 1.7
-    texts = torch.stack(written_after(loaded.model, first, 2, (0, 0), temperature, None, seed=0, batch=0))
+    texts = torch.stack(sample_texts(loaded.model, first, 2, (0, 0), temperature, None, seed=0, batch=0))
     logits = loaded.model(input_ids=torch.tensor([[7]])).logits[0, -1]
     p = (logits / temperature).softmax(-1)
     found = torch.bincount(texts[:, 1], minlength=96) / len(first)
@@ -100,9 +100,9 @@ def test_an_interrupted_text_goes_on_with_the_same_bits(loaded, tmp_path, monkey
         calls.append(args[-1])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return written_after(*args)
+        return sample_texts(*args)
 
-    monkeypatch.setattr(writing, "written_after", failing)
+    monkeypatch.setattr(writing, "sample_texts", failing)
     with pytest.raises(KeyboardInterrupt):
         write(loaded, tmp_path / "part", SETTINGS)
     with pytest.raises(InputError, match=r"is not complete: give the command that writes it again"):

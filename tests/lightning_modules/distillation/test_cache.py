@@ -1,4 +1,4 @@
-"""The teacher's words on disk teach what the teacher itself does, and are computed once."""
+"""The teacher's logits on disk teach what the teacher itself does, and are computed once."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ from lightning_modules.data import HubDataModule, TextDataModule
 from lightning_modules.data.windows import WindowStream
 from lightning_modules.distillation import Distillation, HiddenStates
 from lightning_modules.distillation import fill as filling
-from lightning_modules.distillation.cache import Sizes, TeacherCache, words_of_batch
+from lightning_modules.distillation.cache import Sizes, TeacherCache, top_k_of_batch
 from lightning_modules.distillation.divergences import DIVERGENCES
 from lightning_modules.distillation.fill import fill
 from lightning_modules.distillation.recording import cache_for, windows_needed
@@ -47,21 +47,21 @@ def recorded(data, model, folder, wanted=None, precision=nullcontext, **options)
     distillation = Distillation(**settings)
     cache = cache_for(distillation, model, data, "32-true")
     cache.create()
-    distillation.teach(model)
+    distillation.make_teacher(model)
     fill(cache, distillation, data, range(len(data.train_windows)) if wanted is None else wanted, None, precision)
     if distillation.needs_gamma:
         first = data.order()[: 2 * BATCH]
         distillation.gamma = cache.confidence(first, [data.train_windows[index]["labels"] for index in first])
-    distillation.recall()
+    distillation.train_from_cache()
     data.beside = cache.window
     return distillation, cache
 
 
 def living(data, model, **options):
     distillation = Distillation(**{"top_k": K, "weight": 0.7, **options})
-    distillation.teach(model)
+    distillation.make_teacher(model)
     if distillation.needs_gamma:
-        distillation.measure(islice(data.calibration_dataloader(), 2))
+        distillation.measure_gamma(islice(data.calibration_dataloader(), 2))
     data.beside = None
     return distillation
 
@@ -144,9 +144,9 @@ def test_models_whose_head_is_more_than_a_product(tmp_path, data):
     pair = []
     for each in (before, distillation):
         each.start(own)
-        assert each._started().head is None
-        words = next(iter(data.train_dataloader())) if each is distillation else None
-        pair.append(float(each.loss(batch, each.lesson(batch, words), lambda data: own(**data).loss)[0]))
+        assert each._require_fit().head is None
+        cached = next(iter(data.train_dataloader())) if each is distillation else None
+        pair.append(float(each.loss(batch, each.teacher_outputs(batch, cached), lambda data: own(**data).loss)[0]))
     assert pair[0] == pytest.approx(pair[1], rel=1e-6)
 
 
@@ -166,15 +166,15 @@ class Interrupted(BaseException):
 
 def test_an_interrupted_computation_ends_with_the_same_files(tmp_path, data, model, monkeypatch):
     recorded(data, copied(model), tmp_path / "whole")
-    true_words, calls = filling.words_of, []
+    true_logits, calls = filling.top_k_logits, []
 
     def failing(*args):
         calls.append(args)
         if len(calls) == 4:
             raise Interrupted
-        return true_words(*args)
+        return true_logits(*args)
 
-    monkeypatch.setattr(filling, "words_of", failing)
+    monkeypatch.setattr(filling, "top_k_logits", failing)
     with pytest.raises(Interrupted):
         recorded(data, copied(model), tmp_path / "part")
     assert 0 < np.load(tmp_path / "part" / "done.npy").sum() == 3 * BATCH
@@ -190,23 +190,23 @@ def test_an_interrupted_computation_ends_with_the_same_files(tmp_path, data, mod
 def test_a_window_is_done_when_all_of_it_is_on_disk(tmp_path, data, model, monkeypatch):
     """Killed between the first and the last array."""
     _, cache = recorded(data, copied(model), tmp_path / "c", wanted=[0])
-    words = TopK(torch.zeros(TOKENS, K, dtype=torch.long), torch.zeros(TOKENS, K + 1))
+    top_k = TopK(torch.zeros(TOKENS, K, dtype=torch.long), torch.zeros(TOKENS, K + 1))
     with pytest.raises(RuntimeError):
-        cache.write([1], words, SimpleNamespace(cpu=lambda: exec("raise RuntimeError")))
+        cache.write([1], top_k, SimpleNamespace(cpu=lambda: exec("raise RuntimeError")))
     assert not cache.lacks([0])
     assert cache.lacks([0, 1])
     with pytest.raises(InputError, match="lacks the training window 1: start the run again"):
         cache.window(1)
 
 
-def test_the_words_are_those_of_the_teacher(tmp_path, data, model):
+def test_the_logits_are_those_of_the_teacher(tmp_path, data, model):
     _, cache = recorded(data, copied(model), tmp_path / "c", wanted=[3, 5])
     ids = data.train_windows[5]["input_ids"]
     logits = model(input_ids=ids[None]).logits[0]
     expected = top_k_of(logits, K)
     found = cache.window(5)
     assert torch.equal(found["teacher_indices"].long(), expected.indices)
-    log_p = words_of_batch({name: value[None] for name, value in found.items()}).log_p
+    log_p = top_k_of_batch({name: value[None] for name, value in found.items()}).log_p
     torch.testing.assert_close(log_p, expected.log_p)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(TOKENS))
     copy = pickle.loads(pickle.dumps(cache))
@@ -221,8 +221,8 @@ def test_bytes_of_a_token(tmp_path):
     assert sum(array.nbytes for array in arrays) == 70 * (4 * 100 + 6)
     larger = TeacherCache(tmp_path / "d", Sizes(1, 2, 10, 70_000), "float16", {})
     larger.create()
-    words = TopK(torch.full((2, 10), 69_999), torch.zeros(2, 11))
-    larger.write([0], words, torch.zeros(2))
+    top_k = TopK(torch.full((2, 10), 69_999), torch.zeros(2, 11))
+    larger.write([0], top_k, torch.zeros(2))
     assert (larger.window(0)["teacher_indices"] == 69_999).all()
 
 
@@ -287,7 +287,7 @@ def test_other_settings_are_refused_by_name(tmp_path, data, model, text_file):
         (partial(again, own=shorter), r"tokens 16 \(now 8\)"),
         (partial(again, own=reworded), r"with text \w{16} \(now \w{16}\)"),
         (partial(again, cache=str(tmp_path / "tokens")), r"is no cache of a teacher: give a folder that is not there"),
-        (partial(again, top_k=96), r"the model has 96 words: distill.cache keeps some"),
+        (partial(again, top_k=96), r"the vocabulary has 96 tokens: distill.cache keeps"),
     ):
         with pytest.raises(InputError, match=message):
             call()
@@ -311,7 +311,7 @@ def test_another_teacher_is_known_without_loading_it(tmp_path, data, model):
 
 
 def test_what_does_not_go_with_a_cache_is_refused(tmp_path, data, model, monkeypatch):
-    with pytest.raises(InputError, match=r"for each token: set distill.top_k=100"):
+    with pytest.raises(InputError, match=r"likeliest tokens alone: set distill.top_k=100"):
         Distillation(cache="x")
     with pytest.raises(InputError, match=r"set distill.hidden.weight=0, or distill.cache=null"):
         Distillation(cache="x", top_k=4, hidden=HiddenStates(1.0))
@@ -325,10 +325,10 @@ def test_what_does_not_go_with_a_cache_is_refused(tmp_path, data, model, monkeyp
     with pytest.raises(InputError, match=r"0.0 GiB are free: set a smaller distill.top_k"):
         recorded(data, copied(model), tmp_path / "c")
     distillation = Distillation(cache="x", top_k=4)
-    distillation.recall()
+    distillation.train_from_cache()
     distillation.start(qat.prepare(copied(model), WEIGHT2))
-    with pytest.raises(InputError, match=r"no words of the teacher: set data.beside = cache.window"):
-        distillation.lesson({"input_ids": torch.zeros(1, 2)}, {})
+    with pytest.raises(InputError, match=r"no cached logits of the teacher: set data.beside = cache.window"):
+        distillation.teacher_outputs({"input_ids": torch.zeros(1, 2)}, {})
 
 
 def test_the_description_can_be_read(tmp_path, data, model):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_modules.distillation.chunked import at_heads, of_logits
 from lightning_modules.distillation.divergences import DIVERGENCES
-from lightning_modules.distillation.said import Linear, Logits
+from lightning_modules.distillation.lazy_logits import Linear, Logits
 from tests.lightning_modules.distillation.test_divergences import OPTIONS, loss_of, plain
 
 TOKENS, IN, IN_TEACHER, VOCABULARY = 11, 6, 8, 23

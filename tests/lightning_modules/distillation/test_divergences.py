@@ -31,7 +31,7 @@ def definition(name, p, q, beta=0.3, gamma=0.8):
 
 
 def pooled(p, indices):
-    """Probabilities of the words `indices` and of all others together."""
+    """Probabilities of the tokens `indices` and of all others together."""
     few = p.gather(-1, indices)
     return torch.cat([few, 1 - few.sum(-1, keepdim=True)], -1)
 
@@ -100,8 +100,8 @@ def test_it_is_zero_for_the_teacher_itself_and_positive_otherwise(name, top_k):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_fewer_words_never_see_more_and_all_words_see_all(name):
-    """Data processing: pooling words makes no divergence larger."""
+def test_fewer_tokens_never_see_more_and_all_tokens_see_all(name):
+    """Data processing: pooling tokens makes no divergence larger."""
     z, z_teacher, targets = logits()
     of = partial(loss_of, name)
     seen = [of(top_k=k)(z.clone(), z_teacher.clone(), targets).divergence for k in (1, 2, 5, 12, WORDS - 1, WORDS)]
@@ -121,7 +121,7 @@ def test_jsd_tends_to_both_directions():
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_probabilities_that_vanish_make_no_nan(name, top_k):
-    """One word certain for each, not the same one: their exponentials underflow in float32."""
+    """One token certain for each, not the same one: their exponentials underflow in float32."""
     z, z_teacher, targets = (torch.zeros(1, 50), torch.zeros(1, 50), torch.zeros(1, dtype=torch.long))
     z[0, 0], z_teacher[0, 7] = 400.0, 400.0
     found = loss_of(name, top_k=top_k)(z, z_teacher, targets)

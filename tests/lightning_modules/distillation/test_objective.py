@@ -26,19 +26,19 @@ WEIGHT2 = qat.Scheme(weight=partial(MinMaxQuantizer, bits=2, granularity="per_gr
 INSIDE = {"hidden": HiddenStates(0.5), "attention": AttentionRelations(2.0, [0, -1])}
 
 
-def taught(model, scheme=WEIGHT2, **options):
+def with_teacher(model, scheme=WEIGHT2, **options):
     """A student that is quantized and a distillation from what it was."""
     distillation = Distillation(**options)
-    distillation.teach(model)
+    distillation.make_teacher(model)
     return qat.prepare(model, scheme), distillation
 
 
 def loss_of(distillation, data):
-    return distillation.loss(data, distillation.lesson(data), lambda data: model_loss(distillation, data))[0]
+    return distillation.loss(data, distillation.teacher_outputs(data), lambda data: model_loss(distillation, data))[0]
 
 
 def model_loss(distillation, data):
-    return distillation._started().student(**data, use_cache=False).loss
+    return distillation._require_fit().student(**data, use_cache=False).loss
 
 
 def check(model, distillation, **expected_options):
@@ -54,7 +54,7 @@ def check(model, distillation, **expected_options):
     true = gradients(model, expected)
     for at_heads in (True, False):
         distillation.start(model, at_heads)
-        assert (distillation._started().head is not None) == at_heads
+        assert (distillation._require_fit().head is not None) == at_heads
         found = gradients(model, lambda: loss_of(distillation, data))
         assert found.keys() == true.keys()
         for name, value in true.items():
@@ -64,14 +64,14 @@ def check(model, distillation, **expected_options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(name):
-    model, distillation = taught(MODELS[name]().eval(), weight=0.7, temperature=2.0)
+    model, distillation = with_teacher(MODELS[name]().eval(), weight=0.7, temperature=2.0)
     check(model, distillation, weight=0.7, temperature=2.0)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_quantized_heads(name, tied):
-    model, distillation = taught(tiny_llama(tie_word_embeddings=tied), SCHEMES[name], weight=1.0)
+    model, distillation = with_teacher(tiny_llama(tie_word_embeddings=tied), SCHEMES[name], weight=1.0)
     model.train()
     if name == "full precision":  # at the teacher itself the gradient is rounding errors
         with torch.no_grad():
@@ -87,12 +87,12 @@ def test_heads_that_are_more_than_a_product_give_whole_logits(make):
     distillation = Distillation(weight=0.25)
     if teacher is None:  # its forward is patched, and a copy would call the original
         model_before, data = model, batch()
-        distillation.teach(tiny_llama())
+        distillation.make_teacher(tiny_llama())
     else:
-        distillation.teach(model)
+        distillation.make_teacher(model)
         model_before, data = qat.prepare(model, qat.Scheme(weight=LSQ3)).eval(), batch()
     distillation.start(model_before)
-    assert distillation._started().head is None
+    assert distillation._require_fit().head is None
     output = model_before(**data)
     theirs = distillation.teacher(input_ids=data["input_ids"]).logits.flatten(0, 1)
     targets = F.pad(data["labels"], (0, 1), value=-100)[:, 1:].flatten()
@@ -104,13 +104,13 @@ def test_heads_that_are_more_than_a_product_give_whole_logits(make):
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_a_batch_with_nothing_to_learn_teaches_nothing(at_heads, weight):
     terms = {} if weight else {"hidden": HiddenStates(1e-9)}
-    model, distillation = taught(tiny_llama(), weight=weight, **terms)
+    model, distillation = with_teacher(tiny_llama(), weight=weight, **terms)
     distillation.start(model, at_heads)
     module = CausalLMModule(model, torch.optim.AdamW, distill=distillation)
     module.log_dict = lambda values: None
     data = batch()
     data["labels"].fill_(-100)
-    found = gradients(model, lambda: module._distilled(data, distillation))
+    found = gradients(model, lambda: module._distilled(data, {})())
     assert all(value.abs().max() < 1e-6 for value in found.values())
 
 
@@ -118,7 +118,7 @@ def test_the_teacher_stays_what_the_model_was(tmp_path):
     model, data = tiny_llama(), batch()
     before = model.eval()(input_ids=data["input_ids"]).logits.detach()
     distillation = Distillation(**INSIDE)
-    distillation.teach(model)
+    distillation.make_teacher(model)
     qat.transforms.rotate(model, [])
     qat.prepare(model, WEIGHT2)
     module = CausalLMModule(
@@ -136,7 +136,7 @@ def test_frozen_parameters_are_shared_and_changed_ones_are_not():
     model.model.embed_tokens.weight.requires_grad_(False)
     model.model.norm.weight.requires_grad_(False)
     distillation = Distillation()
-    distillation.teach(model)
+    distillation.make_teacher(model)
     qat.prepare(model, WEIGHT2)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)  # as a transform might
@@ -151,7 +151,7 @@ def test_frozen_parameters_are_shared_and_changed_ones_are_not():
 
 
 def test_a_teacher_of_16_bits():
-    model, distillation = taught(tiny_llama(), dtype="bfloat16")
+    model, distillation = with_teacher(tiny_llama(), dtype="bfloat16")
     assert {p.dtype for p in distillation.teacher.parameters()} == {torch.bfloat16}
     assert distillation.teacher.model.rotary_emb.inv_freq.dtype == torch.float32
     distillation.start(model)
@@ -161,7 +161,7 @@ def test_a_teacher_of_16_bits():
 
 def module_of(distillation_options, **options):
     torch.manual_seed(0)
-    model, distillation = taught(tiny_llama(), **distillation_options)
+    model, distillation = with_teacher(tiny_llama(), **distillation_options)
     return CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3), distill=distillation, **options)
 
 
@@ -222,7 +222,7 @@ def test_the_teacher_is_compiled_while_its_student_trains(tmp_path):
 
 
 def test_accumulated_batches_have_the_gradient_of_one(tmp_path):
-    model, distillation = taught(tiny_llama(), divergence="cakld", gamma=0.3, **INSIDE)
+    model, distillation = with_teacher(tiny_llama(), divergence="cakld", gamma=0.3, **INSIDE)
     distillation.start(model)
     data = batch()
     data["labels"] = data["input_ids"].clone()  # as many learned tokens in every part
@@ -263,12 +263,12 @@ def test_evaluation_is_the_cross_entropy():
 
 
 def test_the_confidence_is_the_mean_probability_of_the_next_token():
-    model, distillation = taught(tiny_llama(), divergence="cakld")
+    model, distillation = with_teacher(tiny_llama(), divergence="cakld")
     assert distillation.needs_gamma
-    with pytest.raises(InputError, match=r"distill.gamma is not known: call measure\(batches\)"):
+    with pytest.raises(InputError, match=r"distill.gamma is not known: call measure_gamma\(batches\)"):
         distillation.start(model)
     data = list(islice(Batches().train_dataloader(), 2))
-    gamma = distillation.measure(data)
+    gamma = distillation.measure_gamma(data)
     ids = torch.cat([part["input_ids"] for part in data])
     probabilities = distillation.teacher(input_ids=ids).logits[:, :-1].softmax(-1)
     assert gamma == pytest.approx(float(probabilities.gather(-1, ids[:, 1:, None]).mean()), rel=1e-5)
@@ -280,7 +280,7 @@ def test_the_confidence_is_the_mean_probability_of_the_next_token():
 
 
 def test_another_teacher(tmp_path):
-    """Deeper and wider than the student, of the same words."""
+    """Deeper and wider than the student, of the same vocabulary."""
     torch.manual_seed(1)
     tiny_llama(hidden_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2).save_pretrained(
         tmp_path
@@ -288,7 +288,7 @@ def test_another_teacher(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     model = tiny_llama()
     distillation = Distillation(teacher=str(tmp_path), attention=AttentionRelations(1.0))
-    distillation.teach(model, tiny_tokenizer())
+    distillation.make_teacher(model, tiny_tokenizer())
     distillation.start(qat.prepare(model, WEIGHT2))
     loss = loss_of(distillation, batch())
     loss.backward()
@@ -301,20 +301,20 @@ def test_teachers_that_are_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "other")
     for name in ("more", "other"):
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    with pytest.raises(InputError, match=r"has 128 words and the student 96.* distill.teacher=null"):
-        Distillation(teacher=str(tmp_path / "more")).teach(tiny_llama(), tiny_tokenizer())
+    with pytest.raises(InputError, match=r"has 128 tokens in its vocabulary and the student 96.* distill.teacher=null"):
+        Distillation(teacher=str(tmp_path / "more")).make_teacher(tiny_llama(), tiny_tokenizer())
     other = tiny_tokenizer()
     other.add_tokens(["<|more|>"])
     with pytest.raises(InputError, match=r"has other tokens than the student.* distill.teacher=null"):
-        Distillation(teacher=str(tmp_path / "other")).teach(tiny_llama(), other)
+        Distillation(teacher=str(tmp_path / "other")).make_teacher(tiny_llama(), other)
     with pytest.raises(InputError, match=r"is no teacher. .*there is no such folder"):
-        Distillation(teacher=str(tmp_path) + "/none").teach(tiny_llama())
+        Distillation(teacher=str(tmp_path) + "/none").make_teacher(tiny_llama())
     with pytest.raises(InputError, match="this one is quantized already"):
-        Distillation().teach(qat.prepare(tiny_llama(), WEIGHT2))
+        Distillation().make_teacher(qat.prepare(tiny_llama(), WEIGHT2))
     with pytest.raises(InputError, match=r"distill.dtype is 'bf16'. Did you mean 'bfloat16'"):
-        Distillation(dtype="bf16").teach(tiny_llama())
-    with pytest.raises(InputError, match=r"distill.top_k is 97, and the model has 96 words"):
-        Distillation(top_k=97).teach(tiny_llama())
+        Distillation(dtype="bf16").make_teacher(tiny_llama())
+    with pytest.raises(InputError, match=r"distill.top_k is 97, and the vocabulary has 96 tokens"):
+        Distillation(top_k=97).make_teacher(tiny_llama())
 
 
 @pytest.mark.parametrize(
@@ -338,10 +338,10 @@ def test_options_that_are_refused(options, message):
 def test_what_is_missing_is_said(tmp_path):
     model = qat.prepare(tiny_llama(), WEIGHT2)
     module = CausalLMModule(model, partial(torch.optim.AdamW, lr=1e-3), distill=Distillation())
-    with pytest.raises(InputError, match=r"There is no teacher: call distillation.teach\(model\) before"):
+    with pytest.raises(InputError, match=r"There is no teacher: call distillation.make_teacher\(model\) before"):
         fit(tmp_path, module)
     with pytest.raises(InputError, match=r"distill.hidden looks into blocks, .* module.compile=null"):
         fit(tmp_path, module_of(INSIDE, compile="aot_eager"))
-    _, distillation = taught(tiny_llama())
+    _, distillation = with_teacher(tiny_llama())
     with pytest.raises(InputError, match=r"call distillation.start\(model\)"):
-        distillation.lesson(batch())
+        distillation.teacher_outputs(batch())

@@ -58,29 +58,29 @@ def test_a_resumed_run_ends_with_the_same_bits(shell):
 def test_a_cache_is_computed_once_and_teaches_the_same(shell, tiny_folder, teacher):
     own = [f"distill.teacher={tiny_folder}"] if teacher else []
     options = [*DISTILL, *own, "distill.top_k=8", "data.batch_size=2", "trainer.accumulate_grad_batches=2"]
-    cached = [*options, "distill.cache=words", "distill.cache_dtype=float32"]
+    cached = [*options, "distill.cache=logits", "distill.cache_dtype=float32"]
     shell.run(*options, "hydra.run.dir=living")
     first = shell.run(*cached, "hydra.run.dir=first")
     second = shell.run(*cached, "hydra.run.dir=second")
-    said = f"teacher: {tiny_folder if teacher else f'{tiny_folder}, as it is now'}"
-    assert said in first
-    assert said not in second  # it is neither loaded nor copied
+    line = f"teacher: {tiny_folder if teacher else f'{tiny_folder}, as it is now'}"
+    assert line in first
+    assert line not in second  # it is neither loaded nor copied
     for output in (first, second):
-        assert "teacher: its words for 8 windows are in" in output
+        assert "teacher: its logits for 8 windows are in" in output
         assert "the same logits as the trained model" in output
     living, *others = (weights(shell.folder / name) for name in ("living", "first", "second"))
     assert all(torch.equal(other[name], value) for name, value in living.items() for other in others)
     more = shell.run("resume=second", "trainer.max_steps=4", defaults=False)
-    assert said in more
-    assert "its words for 16 windows are in" in more
+    assert line in more
+    assert "its logits for 16 windows are in" in more
 
 
 @pytest.mark.usefixtures("forks")
 def test_a_cache_measures_gamma_and_refuses_another_precision(shell):
-    options = ["method=distill", "distill.divergence=cakld", "distill.top_k=8", "distill.cache=words", "debug=fast"]
+    options = ["method=distill", "distill.divergence=cakld", "distill.top_k=8", "distill.cache=logits", "debug=fast"]
     output = shell.run(*options, "trainer.precision=bf16-mixed", "hydra.run.dir=run")
     assert "gives the next token a probability of 0.0" in output
-    assert "its words for 64 windows" in output  # those of 8 calibration batches, more than the 2 of training
+    assert "its logits for 64 windows" in output  # those of 8 calibration batches, more than the 2 of training
     assert "with precision bf16-mixed (now 32-true)" in shell.fails(*options)
 
 
@@ -93,14 +93,14 @@ def test_a_cache_measures_gamma_and_refuses_another_precision(shell):
         (["method=distill", "distill.divergence=revers_kl"], "Did you mean 'reverse_kl'"),
         (["method=distill", "distill.temperature=0"], "distill.temperature is 0"),
         (["method=distill", "distill.weight=2"], "distill.weight is 2"),
-        (["method=distill", "distill.top_k=1000"], "the model has 96 words"),
+        (["method=distill", "distill.top_k=1000"], "the vocabulary has 96 tokens"),
         (["method=distill", "distill.teacher=./none"], "there is no such folder"),
         (["method=distill", "transforms=rotate", "distill.hidden.weight=1"], "set distill.hidden.weight=0"),
         (["distill=minilm", "transforms=awq"], "set distill.attention.weight=0"),
         (["method=distill", "distill.hidden.layers=[5]", "distill.hidden.weight=1"], "the blocks are 0 to 1"),
         (["distill=minilm", "module.compile=aot_eager"], "module.compile=null"),
-        (["method=distill", "distill.cache=words"], "set distill.top_k=100"),
-        (["distill=minilm", "distill.cache=words", "distill.top_k=8"], "set distill.attention.weight=0, or"),
+        (["method=distill", "distill.cache=logits"], "set distill.top_k=100"),
+        (["distill=minilm", "distill.cache=logits", "distill.top_k=8"], "set distill.attention.weight=0, or"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -1,4 +1,4 @@
-"""What a model says of tokens: what its output head multiplies, or its logits, or the words that it holds likely."""
+"""Logits that are computed some tokens at a time: by the output head, of whole logits, or the top k of a cache."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +17,11 @@ _CHUNKS_OF_A_HEAD = 4
 _LOGITS = 2**25
 
 
-class Said(Protocol):
-    """What a teacher says of tokens."""
+class LazyLogits(Protocol):
+    """Logits of a teacher."""
 
     def rows(self, rows: slice) -> Tensor | TopK:
-        """Of some of them: what its head puts out `[rows, vocabulary]`, which may be overwritten, or its words."""
+        """Of some of them: what its head puts out `[rows, vocabulary]`, which may be overwritten, or its top k."""
 
 
 class Logits(NamedTuple):
@@ -52,7 +52,7 @@ class Linear(NamedTuple):
         return F.linear(self.x[rows], self.weight, self.bias)
 
 
-def said_by(model: Any, head: Head | None, inputs: Mapping[str, Tensor]) -> Linear | Logits:
+def lazy_logits(model: Any, head: Head | None, inputs: Mapping[str, Tensor]) -> Linear | Logits:
     """What its head multiplies for all tokens of `inputs`, one after the other, or its logits where none is proven."""
     if head is None:
         return Logits(model(**inputs, use_cache=False).logits.flatten(0, 1))
