@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_timing import microseconds, ring
 from benchmarks.record import record
 from qat.kernels.attention_decode import reference
 from qat.kernels.attention_decode.cached import CachedTokens
 from qat.kernels.attention_decode.ops import attention_decode
+from qat.kernels.timing import microseconds, ring
 from qat.nn.kv_quantizer import Schedule
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity

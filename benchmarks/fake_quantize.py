@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import microseconds, ring
 from benchmarks.record import commit, kept, record
 from qat.kernels import ops
+from qat.kernels.timing import microseconds, ring
 from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import parse_granularity

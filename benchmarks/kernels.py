@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu_timing import microseconds, ring
 from benchmarks.kernel_peers import PEERS, Peer
 from benchmarks.record import record
-from qat.kernels.quantized_linear import choice as choices
-from qat.kernels.quantized_linear import ops, reference
-from qat.kernels.quantized_linear.choice import Choice, Dequantize, Ring, Skinny, Wide
+from qat.kernels.quantized_linear import ops
+from qat.kernels.quantized_linear.choice import choice
+from qat.kernels.quantized_linear.launches import key_of
+from qat.kernels.quantized_linear.tuning import GATE, bytes_of, copies, error_of, fastest_first
 from qat.kernels.quantized_linear.weight import TiledWeight, tiled
+from qat.kernels.timing import microseconds, ring
 from qat.numerics.codebooks import NF4
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
@@ -41,7 +41,6 @@ from qat.numerics.qtensor import QParams, QuantizedTensor
 SHAPES = ["4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192"]
 TOKENS = [1, 4, 16, 32, 64, 128, 256, 512, 2048]
 OPS = ["quantized_linear"]
-GATE = 1e-2
 Row = dict[str, Any]
 
 
@@ -123,12 +122,6 @@ def codebook(kind: str, rows: int, entries: int) -> Tensor | None:
     return None
 
 
-def error_of(y: Tensor, x: Tensor, weight: TiledWeight) -> float:
-    """Relative Frobenius error against float32, a block of rows of the weight after the other."""
-    exact = reference.quantized_linear(x.float(), weight, None)
-    return float((y.float() - exact).norm() / exact.norm())
-
-
 def agreed(x: Tensor, weight: TiledWeight, what: str) -> float:
     """The error of the product, if it is small and has the same bits twice, also in memory full of NaN."""
     poison = torch.full((64 * len(x) * weight.layout.rows,), float("nan"), device="cuda", dtype=torch.bfloat16)
@@ -181,25 +174,19 @@ def measure(name: str, shape: tuple[int, int], tokens: list[int], work: Path) ->
         }
         row |= {"rel_error": agreed(x, weight, f"{name} {shape} M={count}"), "deterministic": True}
         with torch.no_grad():
-            row["us"] = microseconds(lambda w, x=x: ops.quantized_linear(x, w), copies(weight, held))
+            row["us"] = microseconds(lambda w, x=x: ops.quantized_linear(x, w), copies(weight))
             row["bf16_us"] = microseconds(lambda w, x=x: F.linear(x, w), dense)
             row["eager_us"] = eager_microseconds(x, weight)
             row["peers"] = {peer: microseconds(lambda f, x=x: f(x), own) for peer, own in made.items() if own}
         row |= {"speedup": row["bf16_us"] / row["us"], "roofline_share": limit_us(shape, count, held) / row["us"]}
-        row |= {"first_s": first, "resident_bytes": held, "kernel": type(choices.choice(weight.layout, count)).__name__}
+        row |= {
+            "first_s": first,
+            "resident_bytes": held,
+            "kernel": type(choice(weight.layout, count, torch.cuda.get_device_name())).__name__,
+        }
         with work.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
-
-
-def bytes_of(weight: TiledWeight) -> int:
-    tensors = (weight.tiles, weight.scale, weight.zero, weight.words_for(torch.bfloat16))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def copies(weight: TiledWeight, held: int) -> list[Any]:
-    """The weight, and as many more with other codes and scales in other places."""
-    return ring(lambda: (replace(weight, tiles=weight.tiles.clone(), scale=weight.scale.clone()),), held)
 
 
 def peer_ring(peer: Peer, q: QuantizedTensor) -> list[Any]:
@@ -233,56 +220,16 @@ def rows_so_far(work: Path) -> Iterator[Row]:
         yield from map(json.loads, work.read_text().splitlines())
 
 
-def candidates(tokens: int) -> Iterator[Choice]:
-    """Launches worth trying."""
-    if tokens <= 32:
-        for warps, warps_k in ((1, 1), (2, 2), (4, 4), (4, 2), (8, 8), (8, 4), (4, 1), (8, 2)):
-            for registers in (96, 128, 168, 255):
-                if registers * warps * 32 <= 65536:
-                    yield from (Skinny(warps, warps_k, registers, ahead) for ahead in (False, True))
-                    yield from (Ring(warps, warps_k, registers, stages) for stages in (2, 3, 4))
-    if tokens > 8:
-        yield from wide_candidates(tokens)
-    if tokens >= 64:
-        yield Dequantize()
-
-
-def wide_candidates(tokens: int) -> Iterator[Wide]:
-    """Tiles no broader than the tokens fill; columns are split only where few programs would run."""
-    for how in choices.SHAPES:
-        fits = how.tokens >= 128 if tokens > 128 else tokens / 2 <= how.tokens < 2 * tokens
-        if fits:
-            for splits in (1, 2, 4) if tokens <= 256 else (1,):
-                yield how._replace(splits=splits)
-                if how.tokens <= 64:
-                    yield how._replace(splits=splits, stages=6)
-                    yield how._replace(splits=splits, stages=3, depth=4)
-
-
 def tune(names: list[str], shapes: list[Any], tokens: list[int]) -> None:
-    """Print the fastest launch of each case."""
-    before = ops.choice
+    """Print the fastest launches of each case."""
     for shape in shapes:
         for name in names:
             weight = tiled(quantized(name, shape))
             assert weight is not None
-            sets = copies(weight, bytes_of(weight))
-            layout = weight.layout
             for count in tokens:
-                x, times = torch.randn(count, shape[1], device="cuda").bfloat16(), {}
-                for how in candidates(count):
-                    ops.choice = lambda layout, tokens, how=how: how
-                    try:
-                        if error_of(ops.quantized_linear(x, weight), x, weight) < GATE:
-                            times[how] = microseconds(lambda w, x=x: ops.quantized_linear(x, w), sets)
-                        else:
-                            print(f"wrong: {how} {name} {shape} M={count}", flush=True)
-                    except Exception as reason:
-                        print(f"failed: {how} {name} {shape} M={count}: {reason!r}"[:200], flush=True)
-                ops.choice = before
-                best = sorted(times, key=times.__getitem__)[:3]
-                key = (layout.rows, layout.columns, layout.bits, layout.kind)
-                print(f"{name} {key}: ({count}, {best[0]})", [(how, round(times[how], 2)) for how in best], flush=True)
+                best = fastest_first(weight, count)[:3]
+                shown = [(how, round(us, 2)) for how, us in best]
+                print(f"{name} {key_of(weight.layout)}: ({count}, {best[0][0]})", shown, flush=True)
 
 
 if __name__ == "__main__":

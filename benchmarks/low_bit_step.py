@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import microseconds, ring
 from benchmarks.record import record
 from qat.kernels import product_ops
 from qat.kernels.scaled_product.operand import Operand
+from qat.kernels.timing import microseconds, ring
 from qat.numerics.formats import Format, parse_format
 from qat.numerics.granularity import PerToken
 

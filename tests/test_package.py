@@ -53,6 +53,7 @@ def test_the_wheel_holds_configs_and_text(wheel):
     commands = next(wheel.glob("*/entry_points.txt")).read_text()
     assert "qat-train = lightning_modules.cli:main" in commands
     assert "qat-plan = lightning_modules.plan:main" in commands
+    assert "qat-tune = lightning_modules.tune:main" in commands
     assert "qat-synthesize = lightning_modules.synthesize:main" in commands
     assert {path.name for path in wheel.iterdir()} <= {"qat", "lightning_modules"} | {
         p.name for p in wheel.glob("*info")

@@ -19,6 +19,7 @@ NAMES = (
     "dynamics",
     "distillation",
     "evaluation",
+    "inference",
     "comparison",
     "recipes",
 )

@@ -7,7 +7,7 @@ import qat
 from qat.kernels import dispatch
 from qat.kernels.quantized_linear import choice as choices
 from qat.kernels.quantized_linear import ops
-from qat.kernels.quantized_linear.choice import Dequantize, Ring, Skinny, Wide
+from qat.kernels.quantized_linear.launches import Choice, Dequantize, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.weight import tiled
 from qat.nn import PackedTensor
 from tests.conftest import tiny_llama
@@ -36,7 +36,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 @pytest.fixture
 def way(monkeypatch):
     """Makes every product take one kernel."""
-    return lambda how: monkeypatch.setattr(ops, "choice", lambda layout, tokens: how)
+    return lambda how: monkeypatch.setattr(ops, "choice", lambda *_: how)
 
 
 def case(kind, shape, tokens, dtype, bias=True):
@@ -221,4 +221,4 @@ def test_as_a_matrix_it_is_the_definition_to_the_bit(kind):
 
 
 def test_the_table_of_choices_is_one_of_kernels():
-    assert all(isinstance(how, choices.Choice) for entries in choices.MEASURED.values() for _, how in entries)
+    assert all(isinstance(how, Choice) for entries in choices.MEASURED.values() for _, how in entries)

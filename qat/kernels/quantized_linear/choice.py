@@ -1,60 +1,24 @@
 """Which kernel multiplies how many tokens by a weight, and how it is launched.
 
-Measured entries come first, by (rows, columns, bits, kind); what is not among them follows a rule. Nothing is tried at
-run time: the first call costs a compilation and no more. From 17 tokens on the rule estimates the time of each launch.
+What `qat-tune` found on this machine's GPU comes first, then what was measured on an H200, for GPUs of that kind; what
+is not among them follows a rule. Nothing is tried at run time: the first call costs a compilation and no more. From 17
+tokens on the rule estimates the time of each launch.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
+from qat.kernels.quantized_linear.launches import Choice, Dequantize, Key, Launches, Ring, Skinny, Wide, key_of
 from qat.kernels.quantized_linear.layout import INTEGERS, Layout
+from qat.kernels.quantized_linear.tuned import tuned_on
 
 # Multiprocessors of an H100 or H200; a grid of fewer programs leaves some without work.
 _PROCESSORS = 132
 
 
-class Skinny(NamedTuple):
-    """`skinny.py`: warps of a program, those that share a row's columns, registers a thread, and what is ahead."""
-
-    warps: int = 4
-    warps_k: int = 4
-    registers: int = 168
-    ahead_x: bool = False
-
-
-class Ring(NamedTuple):
-    """`ring.py`: as `Skinny`; `stages` steps are on their way."""
-
-    warps: int = 4
-    warps_k: int = 4
-    registers: int = 128
-    stages: int = 2
-
-
-class Wide(NamedTuple):
-    """`wide.py`: rows and tokens of a tile, parts of the columns with programs of their own, stages of the pipeline.
-
-    Four `warps` hold 64 rows: with eight, two groups of four multiply at the same time. `depth` is how many tiles of 64
-    columns, two or four, are loaded and decoded at a time.
-    """
-
-    rows: int = 64
-    tokens: int = 64
-    splits: int = 1
-    stages: int = 3
-    warps: int = 4
-    depth: int = 2
-
-
-class Dequantize(NamedTuple):
-    """The weight as a matrix, in memory that all layers share, and cuBLAS."""
-
-
-Choice = Skinny | Ring | Wide | Dequantize
-
-# (rows, columns, bits, kind) -> ((up to so many tokens, choice), ...), from `python -m benchmarks.kernels --tune`.
-MEASURED: dict[tuple[int, int, int, str], tuple[tuple[int, Choice], ...]] = {
-    (8192, 8192, 4, INTEGERS): ((8, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
+# From `python -m benchmarks.kernels --tune`.
+MEASURED_ON = "NVIDIA H200"
+MEASURED: dict[Key, Launches] = {
+    Key(8192, 8192, 4, INTEGERS, 64): ((8, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
 }
 
 # What a program may have of a multiprocessor's shared memory.
@@ -75,11 +39,13 @@ SHAPES = (
 )
 
 
-def choice(layout: Layout, tokens: int) -> Choice:
-    """How to multiply `tokens` by a weight of `layout`."""
-    for most, measured in MEASURED.get((layout.rows, layout.columns, layout.bits, layout.kind), ()):
-        if tokens <= most:
-            return measured
+def choice(layout: Layout, tokens: int, gpu: str = MEASURED_ON) -> Choice:
+    """How to multiply `tokens` by a weight of `layout` on a GPU of that name."""
+    tables = (tuned_on(gpu), MEASURED if gpu == MEASURED_ON else {})
+    for table in tables:
+        for most, how in table.get(key_of(layout), ()):
+            if tokens <= most:
+                return how
     return rule(layout, tokens)
 
 

@@ -1,5 +1,6 @@
 """The operator of packed linear layers, `qat::quantized_linear`, and its gradient to x."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 from qat.kernels import dispatch
 from qat.kernels.dispatch import operator
 from qat.kernels.quantized_linear import reference
-from qat.kernels.quantized_linear.choice import Ring, Skinny, Wide, choice
+from qat.kernels.quantized_linear.choice import choice
+from qat.kernels.quantized_linear.launches import Choice, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.weight import TiledWeight
 
@@ -59,15 +61,24 @@ def _product(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor 
         return reference.quantized_linear(x, weight, bias)
     if not len(x):
         return x.new_empty((0, weight.layout.rows))
+    return product_by(choice(weight.layout, len(x), _gpu(x.device)), x, weight, words, bias)
+
+
+def product_by(how: Choice, x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """y = x @ dequantize(W)^T + bias by one kernel, for x `[tokens, columns]` that `takes`."""
     # Triton is imported at its first use: `import qat` stays light.
     from qat.kernels.quantized_linear import streamed_product, tiled_product
 
-    how = choice(weight.layout, len(x))
     if isinstance(how, Skinny | Ring):
         return streamed_product.run(x, weight, words, bias, how)
     if isinstance(how, Wide):
         return tiled_product.run(x, weight, words, bias, how)
     return F.linear(x, tiled_product.dequantize(weight, words, x.dtype), bias)
+
+
+@lru_cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _gradient(dy: Tensor, *fields: Any) -> Tensor:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from qat.errors import InputError
-from qat.kernels.quantized_linear.choice import Ring
+from qat.kernels.quantized_linear.launches import Ring
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.skinny import SUMS, quadruples, store_totals, tables_of_row, x_of_step
 from qat.kernels.quantized_linear.step import Assembly, words_of_scales, words_of_zeros

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from qat.kernels.launch import KEPT, Launch
 from qat.kernels.quantized_linear import ring, skinny
-from qat.kernels.quantized_linear.choice import Ring, Skinny
 from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16
+from qat.kernels.quantized_linear.launches import Ring, Skinny
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.step import step, words_of_scales, words_of_zeros
 from qat.kernels.quantized_linear.tiles import STEP_COLUMNS, TILE_ROWS, chunks_of_row

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qat.kernels.launch import KEPT, Launch
 from qat.kernels.quantized_linear import wide
-from qat.kernels.quantized_linear.choice import Wide
 from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16
+from qat.kernels.quantized_linear.launches import Wide
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.step import TILES, words_of_scales, words_of_zeros
 from qat.kernels.quantized_linear.streamed_product import in_words

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import skinny, streamed_product
-from qat.kernels.quantized_linear.choice import Skinny
+from qat.kernels.quantized_linear.launches import Skinny
 from qat.kernels.quantized_linear.weight import table_words, tiled
 from tests.kernels.quantized_linear import machine
 from tests.kernels.quantized_linear.weights import KINDS, ids, quantized

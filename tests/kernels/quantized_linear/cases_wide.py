@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import reference, tiled_product, wide
-from qat.kernels.quantized_linear.choice import Wide
+from qat.kernels.quantized_linear.launches import Wide
 from qat.kernels.quantized_linear.weight import table_words, tiled
 from tests.kernels.quantized_linear import machine
 from tests.kernels.quantized_linear.weights import KINDS, ids, quantized

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from qat.kernels.quantized_linear.choice import SHARED_BYTES, Ring, Skinny, Wide, shared_bytes
+from qat.kernels.quantized_linear.choice import SHARED_BYTES, shared_bytes
+from qat.kernels.quantized_linear.launches import Ring, Skinny, Wide
 from qat.kernels.quantized_linear.layout import TABLE, Layout
 from qat.kernels.quantized_linear.weight import tiled
 from tests.kernels.quantized_linear.weights import KINDS, ids, quantized

@@ -4,16 +4,8 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import ops, reference, weight
-from qat.kernels.quantized_linear.choice import (
-    MEASURED,
-    SHARED_BYTES,
-    Dequantize,
-    Ring,
-    Skinny,
-    Wide,
-    choice,
-    shared_bytes,
-)
+from qat.kernels.quantized_linear.choice import MEASURED, SHARED_BYTES, choice, shared_bytes
+from qat.kernels.quantized_linear.launches import Dequantize, Ring, Skinny, Wide, key_of
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
 from qat.numerics.qtensor import QParams
@@ -125,9 +117,10 @@ def test_how_many_tokens_take_which_kernel(monkeypatch):
     kinds = [type(choice(layout, tokens)) for tokens in (1, 16, 17, 64, 256, 8192)]
     assert kinds == [Skinny, Skinny, Wide, Wide, Wide, Dequantize]
     assert isinstance(choice(layout._replace(rows=14336), 1), Ring)
-    monkeypatch.setitem(MEASURED, (4096, 4096, 4, layout.kind), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
+    monkeypatch.setitem(MEASURED, key_of(layout), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
     assert [choice(layout, tokens) for tokens in (3, 5)] == [Skinny(8, 8), Wide(64, 32)]
     assert choice(layout, 8192) == Dequantize()
+    assert choice(layout, 5, "NVIDIA A100") != Wide(64, 32)
 
 
 def test_the_rule_uses_the_processors():
