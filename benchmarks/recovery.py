@@ -288,13 +288,13 @@ def options_of(plan: Plan, arm: Arm) -> list[str]:
         *(f"paths.output_dir='{plan.work / arm.key}'", f"paths.cache_dir='{plan.work / 'cache'}'", "resumed=true"),
         *(*_QUIET, _LAST, *plan.given),
     ]
-    full = [*common, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=1e-4"]
+    full = [*common, "method=fp", f"trainer.max_steps={plan.steps}", "optimizer.lr=3e-4"]
     if arm.name == "start":
         return [*full, *plan.model, *arm.options]
     before = _before(plan, arm)
     assert before is not None
     if arm.name == "fp":
-        return [*full, *_loading(plan, before), "optimizer.lr=5e-5", *arm.options]
+        return [*full, *_loading(plan, before), "optimizer.lr=1e-4", *arm.options]
     recipe, parts = SCHEMES[str(arm.scheme)]
     if arm.name in ROUNDED:
         # Training windows alone: nothing is chosen by what is evaluated on.

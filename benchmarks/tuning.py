@@ -31,8 +31,8 @@ def _rates(*rates: str, weight: str | None = None) -> list[tuple[str, ...]]:
 _SCHEME_OF_PEER = {"torchao": "int4-g64", "llm-qat": "w4a8"}
 # By scheme; and full precision and peers, so that none is beaten because it was trained badly.
 TRIES: dict[str, list[tuple[str, ...]]] = {
-    "start": [(), *_rates("2e-4", "3e-4", "5e-4")],
-    "fp": [(), *_rates("1e-4", "2e-4", "3e-4")],
+    "start": [(), *_rates("1e-4", "2e-4", "5e-4")],
+    "fp": [(), *_rates("5e-5", "2e-4", "3e-4")],
     "torchao": _rates("2e-5", "5e-5", "1e-4", "2e-4", "3e-4"),
     "llm-qat": _rates("5e-5", "1e-4", "2e-4"),
     "int4-g64": [
