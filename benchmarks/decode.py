@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import qat
 from benchmarks.record import commit, kept, record
 from benchmarks.train_step import EIGHT, TINY
+from qat.nn import PackedTensor
 from qat.quantizers import MinMaxQuantizer, TableQuantizer
 
 _INT8 = partial(MinMaxQuantizer, bits=8, granularity="per_channel")
@@ -103,12 +104,19 @@ def measure(name: str, format: str, contexts: list[int]) -> Row:
     with device:
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     error = 0.0 if format == BF16 else packed(model, format)
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    row: Row = {"rel_error": error, "weights_gib": sum(held.values()) / 2**30}
+    row: Row = {"rel_error": error, "weights_gib": bytes_of(model) / 2**30}
     backend = "aot_eager" if name == _TOY else "inductor"
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     speeds = {str(context): tokens_per_s(model, compiled, context) for context in contexts}
     return row | {"tokens_per_s": speeds}
+
+
+def bytes_of(model: nn.Module) -> int:
+    """What weights, scales and tables of `model` take, in the order of kernels too; what is shared counts once."""
+    packed = (module for module in model.modules() if isinstance(module, PackedTensor))
+    kernels = (tensor for module in packed for tensor in module.kernel_tensors())
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kernels)}
+    return sum(held.values())
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.kernel_peers import PEERS, Peer
-from benchmarks.record import record
-from qat.kernels.quantized_linear import ops
+from benchmarks.record import commit, record
+from qat.kernels.quantized_linear import ops, reference
 from qat.kernels.quantized_linear.choice import choice
 from qat.kernels.quantized_linear.launches import key_of
-from qat.kernels.quantized_linear.tuning import GATE, bytes_of, copies, error_of, fastest_first
+from qat.kernels.quantized_linear.tuning import GATE, bytes_of, copies, fastest_first, relative_error
 from qat.kernels.quantized_linear.weight import TiledWeight, tiled
 from qat.kernels.timing import microseconds, ring
 from qat.numerics.codebooks import NF4
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x columns")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
-    parser.add_argument("--work", type=Path, default=Path("kernels.jsonl"), help="rows so far; they are kept")
+    parser.add_argument("--work", type=Path, default=Path(f"outputs/kernels-{commit()}.jsonl"), help="rows so far")
     parser.add_argument("--check", action="store_true", help="compare only")
     parser.add_argument("--tune", action="store_true", help="try launches")
     options = parser.parse_args()
@@ -127,7 +127,7 @@ def agreed(x: Tensor, weight: TiledWeight, what: str) -> float:
     poison = torch.full((64 * len(x) * weight.layout.rows,), float("nan"), device="cuda", dtype=torch.bfloat16)
     del poison  # what is allocated next is likely to lie here
     first, second = (ops.quantized_linear(x, weight) for _ in range(2))
-    error = error_of(first, x, weight)
+    error = relative_error(first, reference.quantized_linear(x.float(), weight, None))
     if not torch.equal(first, second) or not error < GATE:
         raise SystemExit(f"{what}: error {error:.2e}, bits repeat: {torch.equal(first, second)}. Nothing is measured.")
     return error
@@ -182,8 +182,9 @@ def measure(name: str, shape: tuple[int, int], tokens: list[int], work: Path) ->
         row |= {
             "first_s": first,
             "resident_bytes": held,
-            "kernel": type(choice(weight.layout, count, torch.cuda.get_device_name())).__name__,
+            "kernel": type(choice(weight, count, torch.cuda.get_device_name())).__name__,
         }
+        work.parent.mkdir(parents=True, exist_ok=True)
         with work.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
@@ -229,7 +230,7 @@ def tune(names: list[str], shapes: list[Any], tokens: list[int]) -> None:
             for count in tokens:
                 best = fastest_first(weight, count)[:3]
                 shown = [(how, round(us, 2)) for how, us in best]
-                print(f"{name} {key_of(weight.layout)}: ({count}, {best[0][0]})", shown, flush=True)
+                print(f"{name} {key_of(weight)}: ({count}, {best[0][0]})", shown, flush=True)
 
 
 if __name__ == "__main__":

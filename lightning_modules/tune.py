@@ -1,11 +1,11 @@
 """The command that finds the fastest launches of kernels on the GPU at hand: `qat-tune artifact=outputs/RUN/native`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from omegaconf import DictConfig, ListConfig
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
@@ -15,7 +15,7 @@ from qat.errors import InputError
 from qat.kernels.quantized_linear.choice import rule
 from qat.kernels.quantized_linear.launches import Key, key_of
 from qat.kernels.quantized_linear.tuned import path_for, save, tuned_on
-from qat.kernels.quantized_linear.tuning import fastest_first
+from qat.kernels.quantized_linear.tuning import candidates, fastest_first
 from qat.kernels.quantized_linear.weight import TiledWeight
 from qat.nn import PackedLinear
 
@@ -34,10 +34,14 @@ def _run(cfg: DictConfig) -> None:
     weights = kinds_of_weights(model)
     if not weights:
         raise InputError(f"{cfg.artifact} has no layer whose codes a kernel multiplies.")
-    left = {key: weight for key, weight in weights.items() if cfg.again or not _is_known(gpu, key, tokens)}
-    for key, weight in track(left.items(), description="tuning", console=console):
-        console.print(_tuned(gpu, key, weight, tokens))
-    console.print(f"{len(weights) - len(left)} of {len(weights)} were known. Kept in {path_for(gpu)}")
+    left = {key: [count for count in tokens if cfg.again or not _is_known(gpu, key, count)] for key in weights}
+    tries = sum(len(list(candidates(weights[key], count))) for key, counts in left.items() for count in counts)
+    with Progress(*Progress.get_default_columns(), console=console) as progress:
+        task = progress.add_task("tuning", total=tries)
+        for key, counts in left.items():
+            if counts:
+                progress.print(_tuned(gpu, key, weights[key], counts, lambda: progress.advance(task)))
+    console.print(f"{'Nothing was left to tune.' if not tries else 'Done.'} Launches are in {path_for(gpu)}")
 
 
 def kinds_of_weights(model: nn.Module) -> dict[Key, TiledWeight]:
@@ -46,7 +50,7 @@ def kinds_of_weights(model: nn.Module) -> dict[Key, TiledWeight]:
     for module in model.modules():
         weight = module.weight.tiled() if isinstance(module, PackedLinear) else None
         if weight is not None:
-            found.setdefault(key_of(weight.layout), weight)
+            found.setdefault(key_of(weight), weight)
     return found
 
 
@@ -57,23 +61,23 @@ def _tokens(given: object) -> list[int]:
     return sorted(set(tokens))
 
 
-def _is_known(gpu: str, key: Key, tokens: Iterable[int]) -> bool:
-    return set(tokens) <= {most for most, _ in tuned_on(gpu).get(key, ())}
+def _is_known(gpu: str, key: Key, tokens: int) -> bool:
+    return tokens in dict(tuned_on(gpu).get(key, ()))
 
 
-def _tuned(gpu: str, key: Key, weight: TiledWeight, tokens: list[int]) -> Table:
-    """Find launches for `weight`, keep them, and show them beside the rule's."""
+def _tuned(
+    gpu: str, key: Key, weight: TiledWeight, tokens: list[int], tried: Callable[[], None] = lambda: None
+) -> Table:
+    """Find launches for `weight`, keep each, and show them beside the rule's."""
     table = Table(title=" x ".join(map(str, key[:2])) + f", {key.bits} bits, {key.kind}, groups of {key.group}")
     for heading in ("tokens", "launch", "µs", "the rule's, µs"):
         table.add_column(heading, justify="left" if heading == "launch" else "right")
-    launches = []
     for count in tokens:
-        times = fastest_first(weight, count)
+        times = fastest_first(weight, count, tried=tried)
         how, us = times[0]
-        launches.append((count, how))
+        save(gpu, key, ((count, how),))
         ruled = dict(times).get(rule(weight.layout, count))
         table.add_row(str(count), str(how), f"{us:.1f}", "" if ruled is None else f"{ruled:.1f}")
-    save(gpu, key, tuple(launches))
     return table
 
 

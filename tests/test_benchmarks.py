@@ -2,10 +2,13 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
+import qat
 from benchmarks import (
     decode,
     fake_quantize,
@@ -22,6 +25,7 @@ from benchmarks import (
 )
 from qat.numerics.granularity import parse_granularity
 from qat.planning import integers, planned_layers, storage
+from qat.quantizers import MinMaxQuantizer
 from tests.conftest import tiny_llama
 
 
@@ -181,6 +185,16 @@ def test_decode(monkeypatch):
     assert row["rel_error"] < 1e-2
     assert row["weights_gib"] < row["bf16_weights_gib"] / 2
     assert tables.decode([row]).splitlines()[2].startswith("| toy | int4-g64 | 8 | ")
+
+
+def test_weights_in_the_order_of_kernels_are_counted():
+    model = nn.Sequential(nn.Linear(256, 256, bias=False))
+    scheme = qat.Scheme(weight=partial(MinMaxQuantizer, bits=4, granularity="per_group_64"), kv=None, head=True)
+    qat.convert(qat.prepare(model, scheme))
+    rows = decode.bytes_of(model)
+    assert rows >= 256 * 256 / 2
+    assert model[0].weight.tiled() is not None
+    assert rows <= decode.bytes_of(model) <= rows + 3 * 2 * 1024
 
 
 def test_the_loss_curve_of_kernels(monkeypatch):

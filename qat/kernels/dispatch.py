@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +27,16 @@ def reference_kernels() -> Iterator[None]:
 def runs_triton(x: Tensor) -> bool:
     """Whether Triton's kernels compute on `x`."""
     return x.is_cuda and _HAS_TRITON and not _references_only
+
+
+def has_hopper_kernels(x: Tensor) -> bool:
+    """Whether kernels in PTX compute on `x`: they were written for, and proven on, compute capability 9.0."""
+    return runs_triton(x) and torch.version.hip is None and _capability(x.device) == (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def only_references() -> bool:

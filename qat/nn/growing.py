@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -41,10 +42,12 @@ class GrowingRows:
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the tensor by what `change`, which works on the first dimension, makes of it."""
-        self._memory = None if self._memory is None else change(self._memory)
+        with torch.inference_mode(False):
+            self._memory = None if self._memory is None else change(self._memory)
 
     def _grown(self, like: Tensor, room: int) -> Tensor:
-        memory = like.new_empty((*like.shape[:-2], room, like.shape[-1]))
+        with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+            memory = torch.empty((*like.shape[:-2], room, like.shape[-1]), dtype=like.dtype, device=like.device)
         if self._length:
             memory[..., : self._length, :] = self.rows
         return memory

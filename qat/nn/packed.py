@@ -100,13 +100,18 @@ class PackedTensor(KeepsDtype):
             fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
             resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
             grid = QParams(*resolved), self.format, self.granularity
-            self._tiled = tile_order.tiled_by_rows(self.shape, *grid, self._codes_of_rows)
+            with torch.inference_mode(False):  # whose tensors no training could use afterwards
+                self._tiled = tile_order.tiled_by_rows(self.shape, *grid, self._codes_of_rows)
             self._tiles_refused = self._tiled is None
             if self._tiled is not None:
                 self.codes = self.codes.new_empty(0)
                 if self.dtype != torch.float32:
                     self._tiled.words_for(self.dtype)
         return self._tiled
+
+    def kernel_tensors(self) -> list[Tensor]:
+        """What kernels read in the place of `codes`, beside the buffers: none where codes lie row by row."""
+        return [] if self._tiled is None else self._tiled.tensors()
 
     def to_rows(self) -> None:
         """Put codes back into the order of artifacts."""

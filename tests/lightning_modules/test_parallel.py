@@ -202,13 +202,13 @@ def test_two_devices_train_what_one_does_with_both_batches(tmp_path, tiny_folder
 
 @pytest.mark.slow
 def test_two_devices_share_the_work_of_a_teacher(tmp_path, tiny_folder, text_file):
-    """Each computes a part of its words, and finds its own windows."""
+    """Each computes a part of its logits, and finds its own windows."""
     shell = Shell(tmp_path, tiny_folder, text_file)
     common = ("method=distill", "trainer.max_steps=3", "distill.top_k=8", "distill.cache_dtype=float32")
-    two = ("trainer.devices=2", "trainer.strategy=ddp", "distill.cache=words", "data.batch_size=4")
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "distill.cache=logits", "data.batch_size=4")
     output = shell.run(*common, *two, "hydra.run.dir=two")
-    assert output.count("its words for 24 windows") == 1
-    assert np.load(tmp_path / "words" / "done.npy").sum() == 24
+    assert output.count("its logits for 24 windows") == 1
+    assert np.load(tmp_path / "logits" / "done.npy").sum() == 24
     shell.run(*common, "data.batch_size=8", "hydra.run.dir=one", forks=True)
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     for name, value in one.items():

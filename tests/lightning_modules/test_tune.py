@@ -31,13 +31,13 @@ def test_what_is_found_is_kept_and_shown_beside_the_rule(weights, monkeypatch, t
     tuned.tuned_on.cache_clear()
     key, weight = next(iter(weights.items()))
     own, ruled = Skinny(8, 8, 96), rule(weight.layout, 1)
-    monkeypatch.setattr(tune, "fastest_first", lambda weight, count: [(own, 2.0), (ruled, 3.0)])
+    monkeypatch.setattr(tune, "fastest_first", lambda weight, count, tried: [(own, 2.0), (ruled, 3.0)])
     table = tune._tuned("a GPU", key, weight, [1, 4])
     assert list(table.columns[2].cells) == ["2.0", "2.0"]
     assert next(iter(table.columns[3].cells)) == "3.0"
     assert tuned.tuned_on("a GPU") == {key: ((1, own), (4, own))}
-    assert tune._is_known("a GPU", key, [4])
-    assert not tune._is_known("a GPU", key, [4, 16])
+    assert tune._is_known("a GPU", key, 4)
+    assert not tune._is_known("a GPU", key, 16)
     tuned.tuned_on.cache_clear()
 
 

@@ -45,3 +45,13 @@ def test_changes_of_the_batch():
 def test_without_rows_there_is_nothing():
     with pytest.raises(AssertionError, match="nothing was appended"):
         _ = GrowingRows(8).rows
+
+
+def test_what_inference_mode_began_goes_on_without_it():
+    rows = GrowingRows(4)
+    with torch.inference_mode():
+        rows.append(torch.ones(2, 3, 5))
+        rows.map_batch(lambda memory: memory.flip(0))
+    with torch.no_grad():
+        rows.append(torch.zeros(2, 1, 5))
+    assert rows.rows.sum() == 2 * 3 * 5

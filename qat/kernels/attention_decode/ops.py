@@ -49,7 +49,7 @@ def _attention_decode(q: Tensor, mask: Tensor | None, scaling: float, *stored: A
 
 def _runs_triton(q: Tensor, keys: CachedTokens) -> bool:
     rows = q.shape[1] // keys.tail.shape[1] * q.shape[2]
-    return dispatch.runs_triton(q) and q.dtype in (torch.bfloat16, torch.float16) and rows <= MOST_ROWS
+    return dispatch.has_hopper_kernels(q) and q.dtype in (torch.bfloat16, torch.float16) and rows <= MOST_ROWS
 
 
 def _stored(name: str) -> str:

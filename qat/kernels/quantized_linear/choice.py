@@ -10,6 +10,7 @@ from functools import lru_cache
 from qat.kernels.quantized_linear.launches import Choice, Dequantize, Key, Launches, Ring, Skinny, Wide, key_of
 from qat.kernels.quantized_linear.layout import INTEGERS, Layout
 from qat.kernels.quantized_linear.tuned import tuned_on
+from qat.kernels.quantized_linear.weight import TiledWeight
 
 # Multiprocessors of an H100 or H200; a grid of fewer programs leaves some without work.
 _PROCESSORS = 132
@@ -18,7 +19,7 @@ _PROCESSORS = 132
 # From `python -m benchmarks.kernels --tune`.
 MEASURED_ON = "NVIDIA H200"
 MEASURED: dict[Key, Launches] = {
-    Key(8192, 8192, 4, INTEGERS, 64): ((8, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
+    Key(8192, 8192, 4, INTEGERS, 64): ((1, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
 }
 
 # What a program may have of a multiprocessor's shared memory.
@@ -39,14 +40,14 @@ SHAPES = (
 )
 
 
-def choice(layout: Layout, tokens: int, gpu: str = MEASURED_ON) -> Choice:
-    """How to multiply `tokens` by a weight of `layout` on a GPU of that name."""
-    tables = (tuned_on(gpu), MEASURED if gpu == MEASURED_ON else {})
-    for table in tables:
-        for most, how in table.get(key_of(layout), ()):
-            if tokens <= most:
+def choice(weight: TiledWeight, tokens: int, gpu: str = MEASURED_ON) -> Choice:
+    """How to multiply `tokens` by `weight` on a GPU of that name."""
+    for table in (tuned_on(gpu), MEASURED if gpu == MEASURED_ON else {}):
+        for tried, how in table.get(key_of(weight), ()):
+            # Far fewer tokens want another kernel.
+            if tried / 4 < tokens <= tried:
                 return how
-    return rule(layout, tokens)
+    return rule(weight.layout, tokens)
 
 
 @lru_cache(4096)

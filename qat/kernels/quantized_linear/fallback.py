@@ -20,9 +20,17 @@ def say_once(x: Tensor, format: str, granularity: str) -> None:
 def reason(x: Tensor, format: str, granularity: str) -> str:
     """What stands against the kernels, and what would mend it."""
     if not x.is_cuda:
-        return "Packed layers are multiplied by PyTorch on the CPU: kernels for stored codes need a CUDA GPU."
+        return (
+            f"Packed layers are multiplied by PyTorch on the device '{x.device.type}': kernels for stored codes need a "
+            "CUDA GPU."
+        )
     if not dispatch.runs_triton(x):
         return "Packed layers are dequantized for every product, because Triton is not installed: pip install triton."
+    if not dispatch.has_hopper_kernels(x):
+        return (
+            "Packed layers are dequantized for every product on this GPU: kernels for stored codes are for compute "
+            "capability 9.0, such as an H100 or H200."
+        )
     if x.dtype not in (torch.bfloat16, torch.float16):
         return (
             f"Packed layers are dequantized for every product in {str(x.dtype).removeprefix('torch.')}: cast the model "

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qat.kernels.quantized_linear.layout import Layout
+from qat.kernels.quantized_linear.weight import TiledWeight
 
 
 class Skinny(NamedTuple):
@@ -47,19 +47,29 @@ KERNELS = {kernel.__name__: kernel for kernel in (Skinny, Ring, Wide, Dequantize
 
 
 class Key(NamedTuple):
-    """What a choice depends on, of a layout."""
+    """What a choice depends on, of a weight.
+
+    has_zeros: whether zero points are stored.
+    wide_scales: whether scales of groups take 32 bits and not 16.
+    own_tables: whether each row has its own.
+    """
 
     rows: int
     columns: int
     bits: int
     kind: str
     group: int
+    has_zeros: bool = False
+    wide_scales: bool = False
+    own_tables: bool = False
 
 
-def key_of(layout: Layout) -> Key:
-    """The key of `layout`."""
-    return Key(layout.rows, layout.columns, layout.bits, layout.kind, layout.group)
+def key_of(weight: TiledWeight) -> Key:
+    """The key of `weight`."""
+    layout = weight.layout
+    sizes = layout.rows, layout.columns, layout.bits, layout.kind, layout.group
+    return Key(*sizes, layout.has_zeros, weight.wide_scales, not weight.one_table)
 
 
-# Up to so many tokens, and how; ascending.
+# Numbers of tokens that were tried, ascending, and the fastest launch for each.
 Launches = tuple[tuple[int, Choice], ...]

@@ -40,13 +40,13 @@ def quantized_linear(x: Tensor, weight: TiledWeight, bias: Tensor | None = None)
     words = weight.words_for(x.dtype) if takes(x) else None
     center = -1 if layout.center is None else layout.center
     fields = weight.tiles, weight.scale, weight.zero, weight.table, words
-    own = None if bias is None else bias.to(x.dtype)
+    own = None if bias is None else bias.to(x.dtype).contiguous()
     return _quantized_linear_of(x, own, *fields, *layout[:4], center, layout.group)
 
 
 def takes(x: Tensor) -> bool:
     """Whether kernels multiply `x`."""
-    return dispatch.runs_triton(x) and x.dtype in (torch.bfloat16, torch.float16)
+    return dispatch.has_hopper_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _quantized_linear(x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
@@ -61,7 +61,7 @@ def _product(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor 
         return reference.quantized_linear(x, weight, bias)
     if not len(x):
         return x.new_empty((0, weight.layout.rows))
-    return product_by(choice(weight.layout, len(x), _gpu(x.device)), x, weight, words, bias)
+    return product_by(choice(weight, len(x), _gpu(x.device)), x, weight, words, bias)
 
 
 def product_by(how: Choice, x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | None = None) -> Tensor:

@@ -18,6 +18,8 @@ from qat.kernels.quantized_linear.weight import TiledWeight
 
 # Tokens of a tile of the tensor core's result.
 TOKENS = 8
+# Between the first row of x and its end, so that offsets in words fit 32 bits.
+_MOST_ELEMENTS = 2**32
 
 
 def run(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | None, how: Skinny | Ring) -> Tensor:
@@ -28,9 +30,7 @@ def run(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | Non
     """
     layout, x = weight.layout, in_words(x)
     y = torch.empty((len(x), layout.rows), dtype=x.dtype, device=x.device)
-    wide_scales = bool(layout.group) and weight.scale.shape[-1] * layout.group != STEP_COLUMNS
-    one_table = weight.table is None or len(weight.table) == 1
-    form = layout, x.dtype, wide_scales, one_table, bias is not None
+    form = layout, x.dtype, weight.wide_scales, weight.one_table, bias is not None
     ready = _ready(*form, len(x), x.stride(0) // 8, how)
     absent = weight.tiles
     ready(
@@ -50,6 +50,7 @@ def in_words(x: Tensor) -> Tensor:
     if x.shape[1] % 8:
         return F.pad(x, (0, -x.shape[1] % 8))
     fits = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    fits &= x.stride(0) * len(x) < _MOST_ELEMENTS
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

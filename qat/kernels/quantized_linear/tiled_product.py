@@ -36,7 +36,7 @@ def run(x: Tensor, weight: TiledWeight, words: Tensor | None, bias: Tensor | Non
     y = torch.empty((tokens, layout.rows), dtype=x.dtype, device=x.device)
     out = y if how.splits == 1 else y.new_empty((how.splits, tokens, layout.rows), dtype=torch.float32)
     absent = y if bias is None else bias
-    ready, summing = _ready(layout, x.dtype, *_tensors_form(weight), bias is not None, tokens, how)
+    ready, summing = _ready(layout, x.dtype, weight.wide_scales, weight.one_table, bias is not None, tokens, how)
     ready(ordered, *_tensors(weight, words), absent, out)
     if summing is not None:
         summing(out, weight.scale, absent, y)
@@ -47,7 +47,7 @@ def dequantize(weight: TiledWeight, words: Tensor | None, dtype: torch.dtype) ->
     """The weight `[rows, columns]`, good until the next call: all layers share its memory."""
     layout = weight.layout
     w = scratch("dequantized", torch.Size((layout.rows, layout.columns)), dtype, weight.tiles.device)
-    ready = _ready_dequantize(layout, dtype, *_tensors_form(weight))
+    ready = _ready_dequantize(layout, dtype, weight.wide_scales, weight.one_table)
     ready(*_tensors(weight, words), w)
     return w
 
@@ -62,11 +62,6 @@ def in_order(x: Tensor, tokens: int = 1) -> Tensor:
     own = in_words(x)
     _ready_order(len(x), own.shape[1] // 2, own.stride(0) // 2, steps)(own.view(torch.int32), y.view(torch.int32))
     return y
-
-
-def _tensors_form(weight: TiledWeight) -> tuple[bool, bool]:
-    wide_scales = bool(weight.layout.group) and weight.scale.shape[-1] * weight.layout.group != STEP_COLUMNS
-    return wide_scales, weight.table is None or len(weight.table) == 1
 
 
 def _tensors(weight: TiledWeight, words: Tensor | None) -> tuple[Tensor, ...]:

@@ -1,14 +1,16 @@
 """Launches that were tuned on a GPU of this machine, kept on disk."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from qat.atomic import replaced_file
-from qat.errors import InputError
 from qat.kernels.quantized_linear.launches import KERNELS, Key, Launches
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def path_for(gpu: str) -> Path:
@@ -19,23 +21,22 @@ def path_for(gpu: str) -> Path:
 
 @lru_cache
 def tuned_on(gpu: str) -> Mapping[Key, Launches]:
-    """What `save` kept for GPUs called `gpu`; read once in a process.
-
-    Raises:
-        InputError: if the file is damaged.
-    """
-    path = path_for(gpu)
-    if not path.is_file():
-        return {}
+    """What `save` kept for GPUs called `gpu`; read once in a process. What cannot be read is warned of."""
     try:
-        return dict(map(_read, json.loads(path.read_text())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} holds no launches ({error}): delete it, and tune again with qat-tune.") from None
+        path = path_for(gpu)
+        return dict(map(_read, json.loads(path.read_text()))) if path.is_file() else {}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _LOGGER.warning(
+            f"Launches that were tuned for {gpu} cannot be read ({type(error).__name__}: {error}), and a rule takes "
+            "their place: tune again with qat-tune."
+        )
+        return {}
 
 
 def save(gpu: str, key: Key, launches: Launches) -> None:
-    """Keep `launches` of layers like `key`, and what was kept of others."""
-    entries = {**tuned_on(gpu), key: launches}
+    """Keep `launches` of layers like `key`, and what was kept of others and of other numbers of tokens."""
+    known = tuned_on(gpu)
+    entries = {**known, key: tuple(sorted({**dict(known.get(key, ())), **dict(launches)}.items()))}
     path = path_for(gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as temporary:
@@ -55,5 +56,7 @@ def _read(entry: dict[str, object]) -> tuple[Key, Launches]:
         raise TypeError("launches are a list")
     for one in own:
         tokens, kernel = one.pop("tokens"), one.pop("kernel")
+        if not isinstance(tokens, int):
+            raise TypeError(f"tokens are {tokens!r}")
         launches.append((tokens, KERNELS[kernel](**one)))
     return Key(**entry), tuple(launches)  # type: ignore[arg-type]

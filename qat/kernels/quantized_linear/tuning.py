@@ -1,6 +1,6 @@
 """Trying launches on the GPU at hand: how fast a packed weight is multiplied by each that makes sense."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.errors import InputError
 from qat.kernels.quantized_linear import ops, reference
-from qat.kernels.quantized_linear.choice import SHAPES
+from qat.kernels.quantized_linear.choice import SHAPES, SHARED_BYTES, shared_bytes
 from qat.kernels.quantized_linear.launches import Choice, Dequantize, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.weight import TiledWeight
 from qat.kernels.timing import microseconds, ring
@@ -18,36 +18,50 @@ from qat.kernels.timing import microseconds, ring
 GATE = 1e-2
 
 
-def fastest_first(weight: TiledWeight, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Choice, float]]:
+def fastest_first(
+    weight: TiledWeight, tokens: int, dtype: torch.dtype = torch.bfloat16, tried: Callable[[], None] = lambda: None
+) -> list[tuple[Choice, float]]:
     """Launches for `tokens` and `weight`, and their microseconds; a second or so for each, mostly to compile it.
 
-    Launches that do not fit the GPU, and products that are wrong, are left out.
+    Launches that do not fit the GPU, and products that are wrong, are left out. `tried` is called after each.
 
     Raises:
         InputError: if none is left.
     """
+    from triton import TritonError  # at its first use, as everywhere
+
     x = torch.randn(tokens, weight.layout.columns, device=weight.tiles.device).to(dtype)
-    words, sets, times = weight.words_for(dtype), copies(weight), {}
-    for how in candidates(tokens):
+    exact = reference.quantized_linear(x.float(), weight, None)
+    sets, times = copies(weight, dtype), {}
+    for how in candidates(weight, tokens):
         try:
-            if error_of(ops.product_by(how, x, weight, words), x, weight) < GATE:
-                times[how] = microseconds(lambda w, how=how: ops.product_by(how, x, w, words), sets)
-        except (InputError, RuntimeError):  # it needs more registers or memory than there is
-            continue
+            y = ops.product_by(how, x, weight, weight.words_for(dtype))
+            if relative_error(y, exact) < GATE:
+                times[how] = microseconds(lambda w, how=how: ops.product_by(how, x, w, w.words_for(dtype)), sets)
+        except (InputError, RuntimeError, TritonError):  # it needs more registers or memory than there is
+            pass
+        tried()
     if not times:
         raise InputError(f"No kernel multiplies {tokens} tokens by a weight like {weight.layout} on this GPU.")
     return sorted(times.items(), key=lambda found: found[1])
 
 
-def error_of(y: Tensor, x: Tensor, weight: TiledWeight) -> float:
-    """Relative error against float32, a block of rows of the weight after the other."""
-    exact = reference.quantized_linear(x.float(), weight, None)
+def relative_error(y: Tensor, exact: Tensor) -> float:
+    """In the Frobenius norm."""
     return float((y.float() - exact).norm() / exact.norm())
 
 
-def copies(weight: TiledWeight) -> list[Any]:
-    """The weight, and as many more in other places as no cache holds."""
-    return ring(lambda: (replace(weight, tiles=weight.tiles.clone(), scale=weight.scale.clone()),), bytes_of(weight))
+def copies(weight: TiledWeight, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    """As many copies of the weight in other places as no cache holds."""
+
+    def another() -> tuple[TiledWeight]:
+        words, zero = weight.words_for(dtype), weight.zero
+        own = replace(weight, tiles=weight.tiles.clone(), scale=weight.scale.clone(), words={})
+        if words is not None:
+            own.words[dtype] = words.clone()
+        return (own if zero is None else replace(own, zero=zero.clone()),)
+
+    return ring(another, bytes_of(weight))
 
 
 def bytes_of(weight: TiledWeight) -> int:
@@ -56,20 +70,26 @@ def bytes_of(weight: TiledWeight) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def candidates(tokens: int) -> Iterator[Choice]:
-    """Launches worth trying."""
+def candidates(weight: TiledWeight, tokens: int) -> Iterator[Choice]:
+    """Launches worth trying, that fit a multiprocessor."""
+    for how in dict.fromkeys(_sensible(tokens)):
+        if not isinstance(how, Wide) or shared_bytes(weight.layout, how) <= SHARED_BYTES:
+            yield how
+
+
+def _sensible(tokens: int) -> Iterator[Choice]:
     if tokens <= 32:
         for warps, warps_k in ((1, 1), (2, 2), (4, 4), (4, 2), (8, 8), (8, 4), (4, 1), (8, 2)):
             for registers in (96, 128, 168, 255):
                 yield from (Skinny(warps, warps_k, registers, ahead) for ahead in (False, True))
                 yield from (Ring(warps, warps_k, registers, stages) for stages in (2, 3, 4))
     if tokens > 8:
-        yield from dict.fromkeys(wide_candidates(tokens))
+        yield from _wide(tokens)
     if tokens >= 64:
         yield Dequantize()
 
 
-def wide_candidates(tokens: int) -> Iterator[Wide]:
+def _wide(tokens: int) -> Iterator[Wide]:
     """Tiles no broader than the tokens fill; columns are split only where few programs would run."""
     for how in SHAPES:
         if how.tokens >= 128 if tokens > 128 else tokens / 2 <= how.tokens < 2 * tokens:

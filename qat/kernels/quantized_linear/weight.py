@@ -47,12 +47,29 @@ class TiledWeight:
     layout: Layout
     words: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
+    @property
+    def wide_scales(self) -> bool:
+        """Whether scales of groups take 32 bits and not 16."""
+        group = self.layout.group
+        return bool(group) and self.scale.shape[-1] * group != STEP_COLUMNS
+
+    @property
+    def one_table(self) -> bool:
+        """Whether all rows share a table, or there is none."""
+        return self.table is None or len(self.table) == 1
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        found = (self.tiles, self.scale, self.zero, self.table, *self.words.values())
+        return [tensor for tensor in found if tensor is not None]
+
     def words_for(self, dtype: torch.dtype) -> Tensor | None:
         """The table as kernels load it for x of `dtype`, kept for the next call; None for integers."""
         if self.table is None:
             return None
         if dtype not in self.words:
-            self.words[dtype] = table_words(self.table, self.layout, dtype)
+            with torch.inference_mode(False):  # whose tensors no training could use afterwards
+                self.words[dtype] = table_words(self.table, self.layout, dtype)
         return self.words[dtype]
 
 

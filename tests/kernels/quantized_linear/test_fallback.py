@@ -34,13 +34,17 @@ def test_it_is_said_once(packed, caplog):
 
 
 @pytest.mark.parametrize(
-    ("triton", "dtype", "said"),
+    ("triton", "hopper", "dtype", "said"),
     [
-        (False, torch.bfloat16, "pip install triton"),
-        (True, torch.float32, "product in float32: cast the model"),
-        (True, torch.bfloat16, "layers of int5 per_channel"),
+        (False, True, torch.bfloat16, "pip install triton"),
+        (True, False, torch.bfloat16, "capability 9.0"),
+        (True, True, torch.float32, "product in float32: cast the model"),
+        (True, True, torch.bfloat16, "layers of int5 per_channel"),
     ],
 )
-def test_reasons_on_a_gpu(monkeypatch, triton, dtype, said):
+def test_reasons_on_a_gpu(monkeypatch, triton, hopper, dtype, said):
     monkeypatch.setattr(dispatch, "_HAS_TRITON", triton)
-    assert said in fallback.reason(SimpleNamespace(is_cuda=True, dtype=dtype), "int5", "per_channel")
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0) if hopper else (8, 0))
+    assert said in fallback.reason(
+        SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda")), "int5", "per_channel"
+    )

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from qat.kernels.quantized_linear import ops, reference, weight
-from qat.kernels.quantized_linear.choice import MEASURED, SHARED_BYTES, choice, shared_bytes
+from qat.kernels.quantized_linear.choice import MEASURED, SHARED_BYTES, choice, rule, shared_bytes
 from qat.kernels.quantized_linear.launches import Dequantize, Ring, Skinny, Wide, key_of
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
+from qat.nn import PackedTensor
 from qat.numerics.qtensor import QParams
 from qat.quantizers import KMeansQuantizer
-from tests.kernels.quantized_linear.weights import KINDS, ids, quantized
+from tests.kernels.quantized_linear.weights import KINDS, ids, quantized, weight_like
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -114,20 +115,21 @@ def test_a_compiler_sees_one_operator():
 
 def test_how_many_tokens_take_which_kernel(monkeypatch):
     layout = Layout(4096, 4096, 4, center=8, group=64)
-    kinds = [type(choice(layout, tokens)) for tokens in (1, 16, 17, 64, 256, 8192)]
+    kinds = [type(choice(weight_like(layout), tokens)) for tokens in (1, 16, 17, 64, 256, 8192)]
     assert kinds == [Skinny, Skinny, Wide, Wide, Wide, Dequantize]
-    assert isinstance(choice(layout._replace(rows=14336), 1), Ring)
-    monkeypatch.setitem(MEASURED, key_of(layout), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
-    assert [choice(layout, tokens) for tokens in (3, 5)] == [Skinny(8, 8), Wide(64, 32)]
-    assert choice(layout, 8192) == Dequantize()
-    assert choice(layout, 5, "NVIDIA A100") != Wide(64, 32)
+    assert isinstance(choice(weight_like(layout._replace(rows=14336)), 1), Ring)
+    monkeypatch.setitem(MEASURED, key_of(weight_like(layout)), ((4, Skinny(8, 8)), (32, Wide(64, 32))))
+    assert [choice(weight_like(layout), tokens) for tokens in (3, 9)] == [Skinny(8, 8), Wide(64, 32)]
+    assert choice(weight_like(layout), 5) == rule(layout, 5)
+    assert choice(weight_like(layout), 8192) == Dequantize()
+    assert choice(weight_like(layout), 9, "NVIDIA A100") != Wide(64, 32)
 
 
 def test_the_rule_uses_the_processors():
     """A few tokens of a small weight split its columns; many tokens of a large one have no need to."""
-    small = choice(Layout(4096, 4096, 4, center=8, group=64), 64)
+    small = choice(weight_like(Layout(4096, 4096, 4, center=8, group=64)), 64)
     assert 64 <= 4096 // small.rows * small.splits <= 264
-    large = choice(Layout(28672, 8192, 4, center=8, group=64), 512)
+    large = choice(weight_like(Layout(28672, 8192, 4, center=8, group=64)), 512)
     assert large.splits == 1
     assert large.rows * large.tokens >= 128 * 128
 
@@ -139,7 +141,7 @@ def test_the_rule_uses_the_processors():
 def test_what_the_rule_says_can_be_launched(columns, tokens, bits, group):
     ring = pytest.importorskip("qat.kernels.quantized_linear.ring")
     layout = Layout(96 if columns < 4096 else 32768, columns, bits, center=0, group=group)
-    how = choice(layout, tokens)
+    how = choice(weight_like(layout), tokens)
     if isinstance(how, Skinny | Ring):
         assert how.warps % how.warps_k == 0
         if isinstance(how, Ring):
@@ -148,3 +150,22 @@ def test_what_the_rule_says_can_be_launched(columns, tokens, bits, group):
         assert how.rows % (16 * how.warps) == 0
         assert shared_bytes(layout, how) <= SHARED_BYTES
         assert -(-columns // 256) * 4 // how.depth >= how.splits
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], ("codebook16", "per_group_64", "rows")], ids=ids)
+def test_tiles_made_in_inference_mode_serve_training(kind):
+    """Lightning validates in that mode, so the first product of a layer is often there."""
+    packed = PackedTensor.from_quantized(quantized(kind, (32, 128)))
+    x = torch.randn(3, 128)
+    with torch.inference_mode():
+        expected = ops.quantized_linear(x, packed.tiled())
+        packed.tiled().words_for(torch.bfloat16)
+    assert not any(tensor.is_inference() for tensor in packed.kernel_tensors())
+    y = ops.quantized_linear(x.requires_grad_(), packed.tiled())
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+def test_a_bias_need_not_be_contiguous():
+    own, x, bias = tiled(quantized(KINDS[0], (32, 128))), torch.randn(3, 128), torch.randn(64)[::2]
+    assert torch.equal(ops.quantized_linear(x, own, bias), ops.quantized_linear(x, own, bias.clone()))

@@ -2,6 +2,7 @@
 
 import torch
 
+from qat.kernels.quantized_linear.weight import TiledWeight
 from qat.numerics.formats import parse_format
 from qat.numerics.granularity import parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor
@@ -61,3 +62,10 @@ def codebook(format, rows, extra, device):
         return None
     table = torch.randn(rows if extra == "rows" else 1, 1, format.entries, device=device)
     return table.sort().values.bfloat16()
+
+
+def weight_like(layout):
+    """A TiledWeight of `layout` without its codes, to ask what multiplies it; scales of 16 bits, one table."""
+    scale = torch.empty(0, 256 // layout.group if layout.group else 1)
+    table = torch.empty(1, 2**layout.bits) if layout.tables else None
+    return TiledWeight(torch.empty(0), scale, None, table, layout)
