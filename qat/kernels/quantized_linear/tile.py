@@ -1,10 +1,10 @@
 """A tile's values as PTX: 16 rows by 64 columns of a weight, by their scales, as a tensor core takes them.
 
-Unlike in `step.py` scales multiply values here: (code - zero point) * scale, rounded to the type of x. In bfloat16 scales
-and entries of tables are rounded to it before, so where they are of 16 bits these are the numbers of the dequantized
-matrix, and where they are of 32 bits they are one rounding further from it. Against sums by scales that is half an
-instruction more for each weight, but nothing has to wait for a sum, so that the tensor core works on while the next tile
-is decoded.
+Unlike in `step.py` scales multiply values here: (code - zero point) * scale, rounded to the type of x. In bfloat16
+scales and entries of tables are rounded to it before, so where they are of 16 bits these are the numbers of the
+dequantized matrix, and where they are of 32 bits they are one rounding further from it. Against sums by scales that is
+half an instruction more for each weight, but nothing has to wait for a sum, so that the tensor core works on while the
+next tile is decoded.
 
 It is one statement of inline assembly for a tile, on tensors whose threads hold four consecutive elements each, as in
 `step.py`. Triton lays tensors out as they are loaded, so all that a statement reads must be loaded by 16 bytes a lane:
