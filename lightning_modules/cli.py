@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.atomic import replaced_file
 from qat.errors import InputError, nearest
 from qat.export.parity import GridContractError
+from qat.kernels.quantized_linear import fallback
 
 _HERE = Path(__file__).parent
 # Groups that are chosen for a place in the scheme.
@@ -60,6 +61,8 @@ def command(config: str, run: Callable[[DictConfig], None]) -> None:
 
 
 def _train() -> None:
+    # A run multiplies by packed weights only to compare them; how fast that is matters to who serves them.
+    logging.getLogger(fallback.__name__).setLevel(logging.ERROR)
     sys.argv[1:] = _flags_first(resumed_arguments(sys.argv[1:]))
     _compose("train", _task)
 
