@@ -16,7 +16,6 @@ memory that was full of NaN. Rows that `--work` holds are kept.
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.record import record
+from benchmarks import agreement
+from benchmarks.agreement import GATE
+from benchmarks.record import commit, keep_row, record, rows_so_far
 from qat.kernels.attention_decode import reference
 from qat.kernels.attention_decode.cached import CachedTokens
 from qat.kernels.attention_decode.ops import attention_decode
@@ -40,7 +41,6 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 TOKENS = [2**k for k in range(10, 18)]
 BATCHES = [1, 8]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-GATE = 1e-2
 BYTES_PER_US = 4.3e6
 Row = dict[str, Any]
 
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
-    parser.add_argument("--work", type=Path, default=Path("attention_decode.jsonl"), help="rows so far; they are kept")
+    work = Path(f"outputs/attention_decode-{commit()}.jsonl")
+    parser.add_argument("--work", type=Path, default=work, help="rows so far; they are kept")
     parser.add_argument("--check", action="store_true", help="compare only")
     parser.add_argument("--tune", action="store_true", help="try launches")
     options = parser.parse_args()
@@ -124,14 +125,10 @@ def error_of(out: Tensor, q: Tensor, keys: CachedTokens, values: CachedTokens) -
 
 
 def agreed(q: Tensor, keys: CachedTokens, values: CachedTokens, what: str) -> float:
-    """The error, if it is small and the result has the same bits twice, also in memory full of NaN."""
-    poison = torch.full((2**24,), float("nan"), device=q.device)
-    del poison  # what is allocated next is likely to lie here
-    first, second = (attention_decode(q, keys, values) for _ in range(2))
-    error = error_of(first, q, keys, values)
-    if not torch.equal(first, second) or not error < GATE:
-        raise SystemExit(f"{what}: error {error:.2e}, bits repeat: {torch.equal(first, second)}. Nothing is measured.")
-    return error
+    """The error of attention to a cache, if `agreement.agreed`."""
+    return agreement.agreed(
+        lambda: attention_decode(q, keys, values), lambda out: error_of(out, q, keys, values), 2**26, what
+    )
 
 
 def check(names: list[str]) -> None:
@@ -158,9 +155,7 @@ def measure(names: list[str], batch: int, tokens: int, work: Path) -> None:
         )
         row |= {"speedup": dense / row["us"], "roofline_share": held / BYTES_PER_US / row["us"], "bytes": held}
         row |= {"bf16_roofline_share": dense_bytes(batch, tokens) / BYTES_PER_US / dense, "deterministic": True}
-        with work.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        keep_row(work, row)
 
 
 def dense_bytes(batch: int, tokens: int) -> int:
@@ -191,11 +186,6 @@ def dense_ways(q: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "enable_gqa": lambda k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "heads as queries": lambda k, v: F.scaled_dot_product_attention(grouped, k, v).view(q.shape),
     }
-
-
-def rows_so_far(work: Path) -> Iterator[Row]:
-    if work.exists():
-        yield from map(json.loads, work.read_text().splitlines())
 
 
 def candidates() -> Iterator[Any]:

@@ -15,9 +15,7 @@ weight to 1e-2, twice with the same bits, in memory that was full of NaN. Rows t
 """
 
 import argparse
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.agreement import agreed
 from benchmarks.kernel_peers import PEERS, Peer
-from benchmarks.record import commit, record
+from benchmarks.record import commit, keep_row, record, rows_so_far
 from qat.kernels.quantized_linear import ops, reference
 from qat.kernels.quantized_linear.choice import choice
 from qat.kernels.quantized_linear.launches import key_of
-from qat.kernels.quantized_linear.tuning import GATE, bytes_of, copies, fastest_first, relative_error
+from qat.kernels.quantized_linear.tuning import copies, fastest_first, relative_error
 from qat.kernels.quantized_linear.weight import TiledWeight, tiled
 from qat.kernels.timing import microseconds, ring
 from qat.numerics.codebooks import NF4
@@ -40,7 +39,6 @@ from qat.numerics.qtensor import QParams, QuantizedTensor
 
 SHAPES = ["4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192"]
 TOKENS = [1, 4, 16, 32, 64, 128, 256, 512, 2048]
-OPS = ["quantized_linear"]
 Row = dict[str, Any]
 
 
@@ -72,7 +70,6 @@ FORMATS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="rows x columns")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
@@ -122,15 +119,11 @@ def codebook(kind: str, rows: int, entries: int) -> Tensor | None:
     return None
 
 
-def agreed(x: Tensor, weight: TiledWeight, what: str) -> float:
-    """The error of the product, if it is small and has the same bits twice, also in memory full of NaN."""
-    poison = torch.full((64 * len(x) * weight.layout.rows,), float("nan"), device="cuda", dtype=torch.bfloat16)
-    del poison  # what is allocated next is likely to lie here
-    first, second = (ops.quantized_linear(x, weight) for _ in range(2))
-    error = relative_error(first, reference.quantized_linear(x.float(), weight, None))
-    if not torch.equal(first, second) or not error < GATE:
-        raise SystemExit(f"{what}: error {error:.2e}, bits repeat: {torch.equal(first, second)}. Nothing is measured.")
-    return error
+def product_error(x: Tensor, weight: TiledWeight, what: str) -> float:
+    """The error of the product, if `agreed`."""
+    exact = reference.quantized_linear(x.float(), weight, None)
+    room = 128 * len(x) * weight.layout.rows
+    return agreed(lambda: ops.quantized_linear(x, weight), lambda y: relative_error(y, exact), room, what)
 
 
 def check(names: list[str], tokens: list[int]) -> None:
@@ -140,7 +133,7 @@ def check(names: list[str], tokens: list[int]) -> None:
             assert weight is not None
             for count in tokens:
                 x = torch.randn(count, shape[1], device="cuda").bfloat16()
-                error = agreed(x, weight, f"{name} {shape} M={count}")
+                error = product_error(x, weight, f"{name} {shape} M={count}")
                 print(f"{name} {shape[0]}x{shape[1]} M={count}: error {error:.1e}", flush=True)
 
 
@@ -153,7 +146,8 @@ def measure(name: str, shape: tuple[int, int], tokens: list[int], work: Path) ->
     q = quantized(name, shape)
     weight = tiled(q)
     assert weight is not None
-    held = bytes_of(weight)
+    weight.words_for(torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in weight.tensors())
     dense = ring(lambda: (torch.randn(shape, device="cuda", dtype=torch.bfloat16),), 2 * shape[0] * shape[1])
     peers = [peer for peer in PEERS if FORMATS[name].peer in peer.kinds]
     made = {peer.name: peer_ring(peer, q) for peer in peers}
@@ -172,7 +166,7 @@ def measure(name: str, shape: tuple[int, int], tokens: list[int], work: Path) ->
             "K": shape[1],
             "M": count,
         }
-        row |= {"rel_error": agreed(x, weight, f"{name} {shape} M={count}"), "deterministic": True}
+        row |= {"rel_error": product_error(x, weight, f"{name} {shape} M={count}"), "deterministic": True}
         with torch.no_grad():
             row["us"] = microseconds(lambda w, x=x: ops.quantized_linear(x, w), copies(weight))
             row["bf16_us"] = microseconds(lambda w, x=x: F.linear(x, w), dense)
@@ -184,10 +178,7 @@ def measure(name: str, shape: tuple[int, int], tokens: list[int], work: Path) ->
             "resident_bytes": held,
             "kernel": type(choice(weight, count, torch.cuda.get_device_name())).__name__,
         }
-        work.parent.mkdir(parents=True, exist_ok=True)
-        with work.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        keep_row(work, row)
 
 
 def peer_ring(peer: Peer, q: QuantizedTensor) -> list[Any]:
@@ -214,11 +205,6 @@ def limit_us(shape: tuple[int, int], tokens: int, held: int) -> float:
     """What memory or tensor cores of an H200 would need."""
     rows, columns = shape
     return max((held + 2 * tokens * (rows + columns)) / 4.3e6, 2 * tokens * rows * columns / 790e6)
-
-
-def rows_so_far(work: Path) -> Iterator[Row]:
-    if work.exists():
-        yield from map(json.loads, work.read_text().splitlines())
 
 
 def tune(names: list[str], shapes: list[Any], tokens: list[int]) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,20 @@ def kept(path: Path, measure: Callable[[], Any]) -> Any:
         with replaced_file(path) as temporary:
             temporary.write_text(json.dumps(found))
     return json.loads(path.read_text())
+
+
+def rows_so_far(work: Path) -> Iterator[dict[str, Any]]:
+    """Rows that `keep_row` left in `work`, one a line."""
+    if work.exists():
+        yield from map(json.loads, work.read_text().splitlines())
+
+
+def keep_row(work: Path, row: dict[str, Any]) -> None:
+    """Show `row`, and add it to `work`."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with work.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(row, flush=True)
 
 
 def device() -> str:

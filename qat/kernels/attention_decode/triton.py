@@ -12,7 +12,7 @@ from torch.nn import functional
 from qat.kernels.attention_decode import kernel
 from qat.kernels.attention_decode.cached import EVERY_TOKEN, CachedTokens, shared_by
 from qat.kernels.launch import KEPT, Launch
-from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16, fixed_offsets, integers
+from qat.kernels.quantized_linear.decode import REALS, fixed_offsets, integers
 from qat.numerics.formats import parse_format
 from qat.numerics.packing import packed_bytes
 
@@ -150,7 +150,7 @@ def grid_of(spelling: str, granularity: str, has_zero: bool, dim: int, dtype: to
 
 def assembly(bits: int, center: int, dtype: torch.dtype) -> tuple[str, str]:
     """Inline assembly that makes the pairs of a word, code - center, and its constraints."""
-    real = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
+    real = REALS[dtype]
     outs = [f"${i}" for i in range(16 // bits)]
     setting, offsets = fixed_offsets(center, bits, real, "offset")
     lines = ["{", *setting, *integers([f"${len(outs)}"], 0, bits, real, offsets, outs), "}"]

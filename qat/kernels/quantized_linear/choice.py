@@ -9,6 +9,8 @@ from functools import lru_cache
 
 from qat.kernels.quantized_linear.launches import Choice, Dequantize, Key, Launches, Ring, Skinny, Wide, key_of
 from qat.kernels.quantized_linear.layout import INTEGERS, Layout
+from qat.kernels.quantized_linear.step import words_of_scales, words_of_zeros
+from qat.kernels.quantized_linear.tiles import CHUNK
 from qat.kernels.quantized_linear.tuned import tuned_on
 from qat.kernels.quantized_linear.weight import TiledWeight
 
@@ -22,8 +24,10 @@ MEASURED: dict[Key, Launches] = {
     Key(8192, 8192, 4, INTEGERS, 64): ((1, Ring(4, 4, 255)), (16, Skinny(8, 2, 255, True))),
 }
 
-# What a program may have of a multiprocessor's shared memory.
-SHARED_BYTES = 227 * 1024
+# What a program may have of a multiprocessor's shared memory. A ring is declared in assembly, which ends at 48 KiB with
+# what Triton needs to add the warps' sums.
+SHARED_BYTES, RING_BYTES = 227 * 1024, 44 * 1024
+CHUNK_BYTES = 4 * CHUNK
 # Clocks a microsecond, what tensor cores keep up of 4096 operations a clock, and gigabytes a second of memory, of the
 # second-level cache, and of a kernel that copies.
 _CLOCKS, _TENSOR_SHARE, _MEMORY, _CACHE, _COPY = 1700, 0.8, 4300, 5500, 3900
@@ -76,9 +80,19 @@ def _streams(layout: Layout, tokens: int, steps: int) -> Skinny | Ring:
 
 
 def _fits_ring(layout: Layout) -> bool:
-    """Whether four warps' two slots fit 44 KiB with float32 scales and zero points."""
-    params = {0: 0, 128: 2, 64: 3, 32: 6}[layout.group]
-    return 4 * 2 * 512 * (layout.bits + params) <= 44 * 1024
+    """Whether four warps' two slots fit with float32 scales and zero points."""
+    return ring_bytes(layout._replace(kind=INTEGERS, center=None), True, Ring(4, 4, stages=2)) <= RING_BYTES
+
+
+def slot_bytes(layout: Layout, wide_scales: bool) -> int:
+    """Bytes of a warp's slot of `ring.py`: chunks of codes, then of scales and zero points, 16 bytes a lane each."""
+    words = words_of_scales(layout, wide_scales), words_of_zeros(layout) if layout.group else 0
+    return CHUNK_BYTES * (layout.bits + sum(-(-count // 4) for count in words))
+
+
+def ring_bytes(layout: Layout, wide_scales: bool, how: Ring) -> int:
+    """Shared memory of a program of `ring.py`."""
+    return slot_bytes(layout, wide_scales) * how.stages * how.warps
 
 
 def shared_bytes(layout: Layout, how: Wide) -> int:

@@ -13,6 +13,8 @@ which of the two 16-bit types the values have.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 # lop3.b32 d, a, b, c with these tables is (a & b) | c and (~a & b) | c.
 _AND_OR, _NOT_AND_OR = "0xEA", "0xAE"
 
@@ -42,6 +44,7 @@ class Real(NamedTuple):
 
 BFLOAT16 = Real("bf16", 128, 0x4300, (0x3F80, 0x3F00, 0x3E80, 0x3E00, 0x3D80), 0xBF80)
 FLOAT16 = Real("f16", 1024, 0x6400, (0x3C00, 0x3800, 0x3400, 0x3000, 0x2C00), 0xBC00)
+REALS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 # Where the pairs of a word of integers are read, in the order of a0 ... a3 of its instructions: (shift of the word,
 # place p of the lowest bit in the half then). Pairs whose fractions still hold them are not shifted one by one.

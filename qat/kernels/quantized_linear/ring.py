@@ -20,26 +20,12 @@ import triton
 import triton.language as tl
 
 from qat.errors import InputError
+from qat.kernels.quantized_linear.choice import CHUNK_BYTES, RING_BYTES, ring_bytes, slot_bytes
 from qat.kernels.quantized_linear.launches import Ring
 from qat.kernels.quantized_linear.layout import Layout
-from qat.kernels.quantized_linear.skinny import SUMS, quadruples, store_totals, tables_of_row, x_of_step
+from qat.kernels.quantized_linear.skinny import SUMS, no_totals, of_rows, store_totals, x_of_step
 from qat.kernels.quantized_linear.step import Assembly, words_of_scales, words_of_zeros
-from qat.kernels.quantized_linear.tiles import CHUNK, STEP_COLUMNS, chunks_of_row
-
-_CHUNK_BYTES = 4 * CHUNK
-# 48 KiB without what Triton needs to add the warps' sums.
-_MOST_BYTES = 44 * 1024
-
-
-def slot_bytes(layout: Layout, wide_scales: bool) -> int:
-    """Bytes of a warp's slot: chunks of codes, then of scales and zero points, 16 bytes a lane each."""
-    words = words_of_scales(layout, wide_scales), words_of_zeros(layout) if layout.group else 0
-    return _CHUNK_BYTES * (layout.bits + sum(-(-count // 4) for count in words))
-
-
-def ring_bytes(layout: Layout, wide_scales: bool, how: Ring) -> int:
-    """Shared memory of a program."""
-    return slot_bytes(layout, wide_scales) * how.stages * how.warps
+from qat.kernels.quantized_linear.tiles import STEP_COLUMNS, chunks_of_row
 
 
 def constants_of(layout: Layout, wide_scales: bool, how: Ring) -> dict[str, Any]:
@@ -48,10 +34,8 @@ def constants_of(layout: Layout, wide_scales: bool, how: Ring) -> dict[str, Any]
     Raises:
         InputError: if the ring is larger than shared memory.
     """
-    if ring_bytes(layout, wide_scales, how) > _MOST_BYTES:
-        raise InputError(
-            f"{how} needs {ring_bytes(layout, wide_scales, how)} bytes of {_MOST_BYTES}: take fewer warps."
-        )
+    if ring_bytes(layout, wide_scales, how) > RING_BYTES:
+        raise InputError(f"{how} needs {ring_bytes(layout, wide_scales, how)} bytes of {RING_BYTES}: take fewer warps.")
     lanes, copying = lane_addresses(layout, wide_scales, how), copies(layout, wide_scales)
     return {
         "LANE_TEXT": lanes.text,
@@ -71,7 +55,7 @@ def lane_addresses(layout: Layout, wide_scales: bool, how: Ring) -> Assembly:
     """
     steps, bytes = -(-layout.columns // STEP_COLUMNS), slot_bytes(layout, wide_scales) * how.stages
     strides = (
-        (_CHUNK_BYTES * chunks_of_row(layout.columns, layout.bits), _CHUNK_BYTES * layout.bits, 16, "l"),
+        (CHUNK_BYTES * chunks_of_row(layout.columns, layout.bits), CHUNK_BYTES * layout.bits, 16, "l"),
         *((32 * steps * words, 32 * words, 4 * words, "g") for words in (words_of_scales(layout, wide_scales),)),
         *((32 * steps * words, 32 * words, 4 * words, "g") for words in (words_of_zeros(layout) * bool(layout.group),)),
     )
@@ -105,7 +89,7 @@ def copies(layout: Layout, wide_scales: bool) -> Assembly:
     for chunk in range(layout.bits):
         lines += [
             *(f"setp.gt.s32 p, $5, {chunk};", "selp.b32 size, 16, 0, p;"),
-            f"cp.async.cg.shared.global [$1+{_CHUNK_BYTES * chunk}], [$2+{_CHUNK_BYTES * chunk}], 16, size;",
+            f"cp.async.cg.shared.global [$1+{CHUNK_BYTES * chunk}], [$2+{CHUNK_BYTES * chunk}], 16, size;",
         ]
     lines.append("setp.gt.s32 p, $5, 0;")
     at = layout.bits
@@ -114,7 +98,7 @@ def copies(layout: Layout, wide_scales: bool) -> Assembly:
             size = 4 * min(4, words)
             lines += [
                 f"selp.b32 size, {size}, 0, p;",
-                f"cp.async.ca.shared.global [$1+{_CHUNK_BYTES * at}], [${operand}+{4 * first}], {size}, size;",
+                f"cp.async.ca.shared.global [$1+{CHUNK_BYTES * at}], [${operand}+{4 * first}], {size}, size;",
             ]
             at += 1
     return Assembly("\n".join([*lines, "cp.async.commit_group;", "mov.u32 $0, 0;", "}"]), "=r,r,l,l,l,r")
@@ -210,14 +194,8 @@ def ring(
     g, t, r, warp = e // 16 % 8, e // 4 % 4, e % 4, e // 128
     first, tile = warp % WARPS_K, tl.program_id(0) * (WARPS // WARPS_K) + warp // WARPS_K
     tile = tl.minimum(tile, tile_rows - 1)
-    others = ()
-    if TABLE_WORDS:
-        others = tables_of_row(table, tile, g, e, TABLE_WORDS, ONE_TABLE)
-    if ZERO_WORDS and not SCALE_WORDS:
-        others = quadruples(zero + tile * 8 + g, e, True, 1, False)
-    totals = ()
-    for _ in tl.static_range(TOKEN_TILES):
-        totals = totals + (tl.zeros([128 * WARPS], tl.float32),)
+    others = of_rows(table, zero, tile, g, e, SCALE_WORDS, ZERO_WORDS, TABLE_WORDS, ONE_TABLE)
+    totals = no_totals(TOKEN_TILES, WARPS)
     for turn in range(mine):
         own_x = x_of_step(x, g, t, r, first + turn * WARPS_K, tokens, stride, TOKEN_TILES, WORDS, not EVEN)
         tl.inline_asm_elementwise(

@@ -82,6 +82,36 @@ def tables_of_row(table, tile, g, e, TABLE_WORDS: tl.constexpr, ONE_TABLE: tl.co
 
 
 @triton.jit
+def of_rows(
+    table,
+    zero,
+    tile,
+    g,
+    e,
+    SCALE_WORDS: tl.constexpr,
+    ZERO_WORDS: tl.constexpr,
+    TABLE_WORDS: tl.constexpr,
+    ONE_TABLE: tl.constexpr,
+):
+    """What all steps of a row share: its tables, or its zero point where it has one scale."""
+    found = ()
+    if TABLE_WORDS:
+        found = tables_of_row(table, tile, g, e, TABLE_WORDS, ONE_TABLE)
+    if ZERO_WORDS and not SCALE_WORDS:
+        found = quadruples(zero + tile * 8 + g, e, True, 1, False)
+    return found
+
+
+@triton.jit
+def no_totals(TOKEN_TILES: tl.constexpr, WARPS: tl.constexpr):
+    """Sums before the first step."""
+    found = ()
+    for _ in tl.static_range(TOKEN_TILES):
+        found = found + (tl.zeros([128 * WARPS], tl.float32),)
+    return found
+
+
+@triton.jit
 def store_totals(
     totals,
     scale,
@@ -165,18 +195,12 @@ def skinny(
     first, tile = warp % WARPS_K, tl.program_id(0) * (WARPS // WARPS_K) + warp // WARPS_K
     tile = tl.minimum(tile, tile_rows - 1)  # rows that do not exist are not stored
     codes += tile * (CHUNKS * 128)
-    others = ()
-    if TABLE_WORDS:
-        others = tables_of_row(table, tile, g, e, TABLE_WORDS, ONE_TABLE)
+    others = of_rows(table, zero, tile, g, e, SCALE_WORDS, ZERO_WORDS, TABLE_WORDS, ONE_TABLE)
     scale_at = scale
     if SCALE_WORDS:
         scale_at = scale + (tile * STEPS * 8 + g) * SCALE_WORDS
     zero_at = zero + (tile * STEPS * 8 + g) * ZERO_WORDS
-    if ZERO_WORDS and not SCALE_WORDS:
-        others = quadruples(zero + tile * 8 + g, e, True, 1, False)
-    totals = ()
-    for _ in tl.static_range(TOKEN_TILES):
-        totals = totals + (tl.zeros([128 * WARPS], tl.float32),)
+    totals = no_totals(TOKEN_TILES, WARPS)
 
     now = _codes(codes, first, e, True, BITS, CHUNKS, not EVEN)
     now_s = _scales(scale_at, zero_at, e, first, True, STEPS, SCALE_WORDS, ZERO_WORDS, not EVEN)

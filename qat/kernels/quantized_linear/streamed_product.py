@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qat.kernels.launch import KEPT, Launch
 from qat.kernels.quantized_linear import ring, skinny
-from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16
+from qat.kernels.quantized_linear.decode import REALS
 from qat.kernels.quantized_linear.launches import Ring, Skinny
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.step import step, words_of_scales, words_of_zeros
@@ -86,7 +86,7 @@ def constants_of(
     how: Skinny | Ring,
 ) -> dict[str, Any]:
     """Compile-time constants of `skinny`."""
-    real = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
+    real = REALS[dtype]
     assembly = step(layout, real, token_tiles, wide_scales, one_table, isinstance(how, Ring))
     return {
         "TEXT": assembly.text,

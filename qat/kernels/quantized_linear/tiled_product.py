@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qat.kernels.launch import KEPT, Launch
 from qat.kernels.quantized_linear import wide
-from qat.kernels.quantized_linear.decode import BFLOAT16, FLOAT16
+from qat.kernels.quantized_linear.decode import REALS
 from qat.kernels.quantized_linear.launches import Wide
 from qat.kernels.quantized_linear.layout import Layout
 from qat.kernels.quantized_linear.step import TILES, words_of_scales, words_of_zeros
@@ -114,7 +114,7 @@ def constants_of(
     layout: Layout, dtype: torch.dtype, wide_scales: bool, one_table: bool, depth: int = TILES
 ) -> dict[str, Any]:
     """Those of all kernels that decode, `depth` tiles of a step at a time."""
-    real = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
+    real = REALS[dtype]
     assemblies = [tile(layout, real, number, depth < TILES, wide_scales, one_table) for number in range(depth)]
     return {
         "TEXTS": tuple(assembly.text for assembly in assemblies),

@@ -15,7 +15,7 @@ from qat.kernels.quantized_linear.weight import TiledWeight
 from qat.kernels.timing import microseconds, ring
 
 # Relative error, in the Frobenius norm, that a product of bfloat16 has at most.
-GATE = 1e-2
+_GATE = 1e-2
 
 
 def fastest_first(
@@ -36,7 +36,7 @@ def fastest_first(
     for how in candidates(weight, tokens):
         try:
             y = ops.product_by(how, x, weight, weight.words_for(dtype))
-            if relative_error(y, exact) < GATE:
+            if relative_error(y, exact) < _GATE:
                 times[how] = microseconds(lambda w, how=how: ops.product_by(how, x, w, w.words_for(dtype)), sets)
         except (InputError, RuntimeError, TritonError):  # it needs more registers or memory than there is
             pass
@@ -61,13 +61,7 @@ def copies(weight: TiledWeight, dtype: torch.dtype = torch.bfloat16) -> list[Any
             own.words[dtype] = words.clone()
         return (own if zero is None else replace(own, zero=zero.clone()),)
 
-    return ring(another, bytes_of(weight))
-
-
-def bytes_of(weight: TiledWeight) -> int:
-    """What a layer keeps of `weight`: codes, scales, zero points, and tables as kernels load them."""
-    tensors = (weight.tiles, weight.scale, weight.zero, weight.words_for(torch.bfloat16))
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return ring(another, sum(tensor.nbytes for tensor in weight.tensors()))
 
 
 def candidates(weight: TiledWeight, tokens: int) -> Iterator[Choice]:
