@@ -97,9 +97,7 @@ class PackedTensor(KeepsDtype):
     def tiled(self) -> TiledWeight | None:
         """The tensor in tile order; None where no kernel takes it. Converted by blocks, at the first call."""
         if self._tiled is None and not self._tiles_refused:
-            fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
-            resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
-            grid = QParams(*resolved), self.format, self.granularity
+            grid = self._qparams(), self.format, self.granularity
             with torch.inference_mode(False):  # whose tensors no training could use afterwards
                 self._tiled = tile_order.tiled_by_rows(self.shape, *grid, self._codes_of_rows)
             self._tiles_refused = self._tiled is None
@@ -136,13 +134,17 @@ class PackedTensor(KeepsDtype):
 
     def quantized(self) -> QuantizedTensor:
         """The QuantizedTensor, codes unpacked."""
-        fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
-        resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
         if self._tiled is None:
             codes = unpack(self.codes, self.format, codes_shape(self.shape, self.format))
         else:
             codes = tile_order.codes_of(self._tiled, self.format)
-        return QuantizedTensor(codes, QParams(*resolved), self.format, self.granularity, self.dtype)
+        return QuantizedTensor(codes, self._qparams(), self.format, self.granularity, self.dtype)
+
+    def _qparams(self) -> QParams:
+        """The qparams; those that are quantized themselves, unpacked."""
+        fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]
+        resolved: list[Any] = [f.quantized() if isinstance(f, PackedTensor) else f for f in fields]
+        return QParams(*resolved)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, in `dtype` or the dtype of the tensor that was quantized."""
