@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_modules.signals import exit_on_signals
 from qat.atomic import replaced_file
 from qat.errors import InputError, nearest
 from qat.export.parity import GridContractError
@@ -191,17 +191,6 @@ def _job(cfg: DictConfig) -> float:
 def program() -> str:
     """How the user called this."""
     return f"python {sys.argv[0]}" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
-
-
-def exit_on_signals() -> None:
-    """Let Ctrl-C and SIGTERM raise SystemExit, so that what is under way can say how to go on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _terminate)
-
-
-def _terminate(number: int, frame: Any) -> None:
-    # Not KeyboardInterrupt, which Lightning turns into an exit code of its own.
-    raise SystemExit(128 + number)
 
 
 def _explain(error: BaseException) -> str | None:

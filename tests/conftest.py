@@ -1,6 +1,8 @@
 """What all tests share: one thread, tiny models, a tiny tokenizer, and a GPU marker that skips by name."""
 
 import os
+import signal
+import sys
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network, and one must not wait for it
@@ -22,6 +24,17 @@ def pytest_collection_modifyitems(items):
 def one_thread_and_a_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def signals_restored():
+    """For what runs a command's entry point in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    unraisable = sys.unraisablehook
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = unraisable
 
 
 def tiny_llama(**options):

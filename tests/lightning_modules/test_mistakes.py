@@ -1,6 +1,5 @@
 """What a user gets wrong on the command line: one line that names the mend."""
 
-import signal
 import sys
 
 import pytest
@@ -61,18 +60,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+@pytest.mark.usefixtures("signals_restored")
 def test_mistakes_get_one_line(shell, monkeypatch, capsys, arguments, expected):
     """In this process, which has imported everything already."""
     (shell.folder / "empty.txt").write_text("")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(shell.folder)
     monkeypatch.setattr(sys, "argv", ["train.py", *shell.options, "debug=fast", *arguments])
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
     assert stopped.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("Error: ")

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from lightning_modules import plan as command
-from lightning_modules.cli import exit_on_signals
+from lightning_modules.signals import exit_on_signals
 from qat.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -71,17 +71,13 @@ def test_a_plan_for_gptq(options, capsys):
     assert list(Path("plans/rows").glob("kfac-gptq-*.jsonl"))
 
 
+@pytest.mark.usefixtures("signals_restored")
 def test_one_that_is_stopped_says_how_to_go_on(options, capsys, monkeypatch):
     module = sys.modules["qat.planning.sensitivity"]
     monkeypatch.setattr(module, "errors", lambda *_: signal.raise_signal(signal.SIGTERM))
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     exit_on_signals()
-    try:
-        with pytest.raises(SystemExit):
-            command._run(composed(*options, "budget=3.6"))
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
+    with pytest.raises(SystemExit):
+        command._run(composed(*options, "budget=3.6"))
     assert "The same command goes on: what was measured is kept in plans/rows." in capsys.readouterr().out
 
 
