@@ -13,8 +13,8 @@ _AGAIN_AFTER_S = 0.1
 def exit_on_signals() -> None:
     """Let SIGINT and SIGTERM raise `SystemExit(128 + number)`, wherever they arrive.
 
-    Python drops an exception that is raised in a finalizer or in the callback of a weak reference; one of those is under
-    way at many a moment of importing torch. A signal whose exception was dropped is sent once more.
+    Python drops an exception that is raised in a finalizer or in the callback of a weak reference, of which importing
+    torch runs thousands. A signal whose exception was dropped is sent once more.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _terminate)

@@ -57,4 +57,5 @@ Held()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0
-    assert "Exception ignored in" in done.stderr and "SystemExit: 3" in done.stderr
+    assert "Exception ignored in" in done.stderr
+    assert "SystemExit: 3" in done.stderr
