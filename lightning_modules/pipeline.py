@@ -306,14 +306,14 @@ class Job:
         probe = next(iter(self.data.val_dataloader()))
         trained, widths = self._logits(self.model, probe), nested_widths(self.model)
         convert(self.model)
-        read = partial(load, trust_remote_code=self.cfg.model.get("trust_remote_code", False))
-        for name, write in instantiate(self.cfg.export).items():
+        trusted = self.cfg.model.get("trust_remote_code", False)
+        for name, target in instantiate(self.cfg.export).items():
             folder = self.folder / name
-            self._once(partial(write, self.model, folder, tokenizer=self.loaded.tokenizer))
+            self._once(partial(target.write, self.model, folder, tokenizer=self.loaded.tokenizer))
             for bits in widths:
-                self.module.model = read(folder, bits=bits)
+                self.module.model = load(folder, trust_remote_code=trusted, bits=bits)
                 self._measure(f"loaded at {bits} bits", tensor_bytes(self.module.model))
-            self.module.model = read(folder)
+            self.module.model = target.read(folder, trusted)
             check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
             size = folder_bytes(folder)
             self._measure(SHIPPED, size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
+from qat.export.architecture import empty_model
 from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
 from qat.nn.attention import PREFIX
 from qat.numerics.metrics import stored_bits
@@ -107,7 +108,8 @@ def load(
         tensors = load_file(folder / _WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
-    model = _empty_model(folder, config, trust_remote_code) if model is None else model
+    if model is None:
+        model, _ = empty_model(folder, trust_remote_code, config.get("attention"), config.get("experts"))
     conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
     for name, description in config["layers"].items():
         replace(model, name, _allocate(name, description, model))
@@ -256,28 +258,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if absent:
         raise InputError(f"{folder / _CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
     return config
-
-
-def _empty_model(folder: Path, stored: Mapping[str, Any], trust_remote_code: bool) -> nn.Module:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
-        ) from error
-    if stored.get("experts") is not None:
-        config._experts_implementation = stored["experts"]  # the one that trained: others sum in another order
-    # Buffers that are computed, not stored (rotary frequencies), must be real.
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=config.dtype,
-            attn_implementation=stored.get("attention"),
-            trust_remote_code=trust_remote_code,
-        )
 
 
 def _sha256(path: Path) -> str:

@@ -81,21 +81,19 @@ class _QuantConv(QuantLayer):
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """`nn.Conv1d` whose weight, input, output and gradient are quantized; takes over its Parameters."""
 
+    stored = PackedConv1d
+
     def plain(self) -> nn.Module:
         return self._plain(nn.Conv1d(**_options(self)))
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedConv1d(self, weights, input, output)
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` whose weight, input, output and gradient are quantized; takes over its Parameters."""
 
+    stored = PackedConv2d
+
     def plain(self) -> nn.Module:
         return self._plain(nn.Conv2d(**_options(self)))
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedConv2d(self, weights, input, output)
 
 
 def _channel_axis(conv: Any) -> int:

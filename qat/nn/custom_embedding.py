@@ -36,6 +36,8 @@ class QuantCustomEmbedding(StandIn, QuantLayer):
         InputError: for `max_norm` and `sparse`, as QuantEmbedding.
     """
 
+    stored = PackedCustomEmbedding
+
     weight: nn.Parameter
     weight_quantizer: Quantizer | NoQuantizer
 
@@ -54,6 +56,3 @@ class QuantCustomEmbedding(StandIn, QuantLayer):
 
     def plain(self) -> nn.Module:
         return self._restored()
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedCustomEmbedding(self, weights, input, output)

@@ -42,6 +42,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         InputError: for `max_norm` and `sparse`, which need the full-precision table itself.
     """
 
+    stored = PackedEmbedding
+
     weight_quantizer: Quantizer | NoQuantizer
 
     def __init__(self, embedding: nn.Embedding, quantizers: LayerQuantizers) -> None:
@@ -63,9 +65,6 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         embedding = nn.Embedding(**_options(self))
         embedding.weight = self.weight
         return embedding.train(self.training)
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedEmbedding(self, weights, input, output)
 
 
 def check_quantizable(embedding: nn.Embedding) -> None:

@@ -67,6 +67,8 @@ class QuantExperts(_Experts, QuantLayer):
     quantizer sees the hidden states, the gradient quantizer the gradient of the weighted sum of all experts.
     """
 
+    stored = PackedExperts
+
     def __init__(self, experts: nn.Module, quantizers: LayerQuantizers) -> None:
         super().__init__()
         self._take_over(experts)
@@ -101,9 +103,6 @@ class QuantExperts(_Experts, QuantLayer):
 
     def plain(self) -> nn.Module:
         return self._restored()
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedExperts(self, weights, input, output)
 
 
 def _weight_names(module: Any) -> list[str]:

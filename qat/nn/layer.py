@@ -38,6 +38,7 @@ class QuantLayer(nn.Module, ABC):
     `down_proj_quantizer`.
     """
 
+    stored: ClassVar[type["PackedLayer"]]  # the layer that stores what this one trains
     input_quantizer: nn.Module
     output_quantizer: nn.Module
     grad_quantizer: nn.Module
@@ -74,9 +75,9 @@ class QuantLayer(nn.Module, ABC):
     def plain(self) -> nn.Module:
         """The layer without its quantizers, holding the same Parameters."""
 
-    @abstractmethod
     def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> "PackedLayer":
         """The layer that stores `weights`."""
+        return self.stored(self, weights, input, output)
 
     def weights(self) -> Iterator[QuantWeight]:
         """Every weight with its quantizer."""

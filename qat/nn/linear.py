@@ -77,6 +77,8 @@ class QuantLinear(QuantLayer, nn.Linear):
     Takes over the Parameters of an `nn.Linear`, so optimizers, adapters and state dicts that knew them still do.
     """
 
+    stored = PackedLinear
+
     weight_quantizer: Quantizer | NoQuantizer
 
     def __init__(self, linear: nn.Linear, quantizers: LayerQuantizers) -> None:
@@ -97,6 +99,3 @@ class QuantLinear(QuantLayer, nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
-
-    def pack(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> PackedLayer:
-        return PackedLinear(self, weights, input, output)

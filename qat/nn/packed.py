@@ -140,6 +140,11 @@ class PackedTensor(KeepsDtype):
             codes = tile_order.codes_of(self._tiled, self.format)
         return QuantizedTensor(codes, self._qparams(), self.format, self.granularity, self.dtype)
 
+    def without_codes(self) -> QuantizedTensor:
+        """The QuantizedTensor with its qparams, its codes on the meta device: what tells the grid."""
+        codes = torch.empty(codes_shape(self.shape, self.format), dtype=self.format.code_dtype, device="meta")
+        return QuantizedTensor(codes, self._qparams(), self.format, self.granularity, self.dtype)
+
     def _qparams(self) -> QParams:
         """The qparams; those that are quantized themselves, unpacked."""
         fields: list[Any] = [getattr(self, name, None) for name in _FIELDS]

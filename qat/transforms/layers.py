@@ -103,10 +103,15 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether it is a linear layer of GPT-2 (`transformers.pytorch_utils.Conv1D`), whose weight is `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def conv1d_to_linear(model: nn.Module) -> None:
-    """Replace the transposed linear layers of GPT-2 (`transformers.pytorch_utils.Conv1D`) by nn.Linear."""
+    """Replace the transposed linear layers of GPT-2 by nn.Linear."""
     for name, module in list(model.named_modules()):
-        if type(module).__name__ != "Conv1D" or not hasattr(module, "nf"):
+        if not is_transposed(module):
             continue
         linear = nn.Linear(module.weight.shape[0], module.nf, device="meta")
         linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), module.weight.requires_grad)

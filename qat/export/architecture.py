@@ -1,0 +1,92 @@
+"""The architecture that a folder's `config.json` names, without weights, and filling it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import InputError
+from qat.export.tensor_files import TensorFiles
+from qat.transforms.layers import is_transposed
+
+
+def empty_model(
+    folder: Path, trust_remote_code: bool = False, attention: str | None = None, experts: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the causal LM of `folder` on the meta device; buffers that are computed, not stored, are real.
+
+    Args:
+        folder: holds `config.json`.
+        trust_remote_code: run model code that it names.
+        attention, experts: implementations of transformers; None for the model's own choice.
+
+    Returns:
+        The model, and its `quantization_config`, empty if there is none, which the model's own config does not keep.
+
+    Raises:
+        InputError: if there is no usable `config.json`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
+        ) from error
+    quantization = getattr(config, "quantization_config", {})
+    if quantization:
+        del config.quantization_config
+    if experts is not None:
+        config._experts_implementation = experts  # the one that trained: others sum in another order
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    return model, quantization
+
+
+def transposed_layers(model: Any) -> set[str]:
+    """The linear layers of `model` whose weight transformers stores transposed, whatever they were replaced by."""
+    if not hasattr(model, "config"):
+        return set()
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    return {name for name, module in twin.named_modules() if is_transposed(module)}
+
+
+def fill(model: Any, files: TensorFiles, transposed: set[str]) -> None:
+    """Give every Parameter and stored buffer of `model` that is on the meta device its tensor of `files`.
+
+    Raises:
+        InputError: where one is missing or of another shape.
+    """
+    owners: Mapping[str, nn.Module] = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "meta":
+            continue
+        path, _, leaf = name.rpartition(".")
+        if name in files:
+            _put(owners[path], leaf, _read(files, name, path in transposed and leaf == "weight", tensor))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
+    if missing:
+        raise InputError(f"{files.folder} lacks {len(missing)} of the model's tensors, {missing[0]} among them.")
+
+
+def _read(files: TensorFiles, name: str, transposed: bool, expected: Tensor) -> Tensor:
+    found = files[name].t().contiguous() if transposed else files[name]
+    if found.shape != expected.shape:
+        raise InputError(f"{name} is {list(found.shape)}, and its config.json says {list(expected.shape)}.")
+    return found.to(expected.dtype)
+
+
+def _put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(tensor, tensor.is_floating_point()))
+    else:
+        setattr(owner, leaf, tensor)

@@ -1,0 +1,1 @@
+"""How engines store quantized linear layers: one module for each layout."""
