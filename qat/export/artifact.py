@@ -145,6 +145,11 @@ def density(model: nn.Module) -> float:
     return sum(nonzero for nonzero, _ in found) / sum(count for _, count in found)
 
 
+def quantized_elements(model: nn.Module) -> int:
+    """The number of quantized weights; shared ones count once."""
+    return sum(q.shape.numel() for q in _quantized(model))
+
+
 def _quantized(model: nn.Module) -> Iterator[QuantizedTensor]:
     """Every quantized weight, packed or not, one at a time; shared ones once."""
     seen: set[int] = set()
