@@ -5,18 +5,16 @@ It loads without Hydra and without any Quantizer, and computes the same logits a
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model
+from qat.export.tensor_files import SHARD_BYTES, WEIGHTS, TensorFiles, write_tensors
 from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
 from qat.nn.attention import PREFIX
 from qat.numerics.metrics import stored_bits
@@ -26,11 +24,11 @@ from qat.transforms.kv import describe_kv, restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
 from qat.transforms.slice_bits import slice_bits
 
-FORMAT_VERSION = 2
-_WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
+FORMAT_VERSION = 3
+_CONFIG = "quant_config.json"
 
 
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a converted `model` to `folder`, completely or not at all; an artifact that stood there is replaced.
 
     A transformers model brings its `config.json` and generation settings, and the folder is all that `load` needs. For
@@ -40,6 +38,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         model: a model that `convert` returned.
         folder: where to write.
         tokenizer: saved beside the model, if given.
+        shard_bytes: the largest file of tensors.
 
     Returns:
         The folder.
@@ -60,15 +59,12 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(temporary)
-        try:
-            save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise InputError(f"Cannot write {folder}: {error}. Free space, or choose another folder.") from error
+        files = write_tensors(temporary, lambda: iter(tensors.items()), shard_bytes)
         config = {
             "format_version": FORMAT_VERSION,
             "bits_per_weight": bits_per_weight(model) if layers else None,
             "density": density(model) if layers else None,
-            "sha256": _sha256(temporary / _WEIGHTS),
+            "sha256": {name: _sha256(temporary / name) for name in files},
             "attention": _attention(parts[0]),
             "experts": getattr(parts[0], "_experts_implementation", None),
             "tied": tied,
@@ -76,7 +72,6 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
             "kv": kv,
         }
         (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        shutil.copymode(temporary / _CONFIG, temporary / _WEIGHTS)  # safetensors writes for the owner only
     return Path(folder)
 
 
@@ -102,12 +97,9 @@ def load(
     folder = Path(folder)
     check_artifact(folder)
     config = _read_config(folder)
-    if _sha256(folder / _WEIGHTS) != config["sha256"]:
-        raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
+    _check_sums(folder, config["sha256"])
+    files = TensorFiles(folder)
+    tensors = {name: files[name] for name in files}
     if model is None:
         model, _ = empty_model(folder, trust_remote_code, config.get("attention"), config.get("experts"))
     conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
@@ -246,9 +238,8 @@ def check_artifact(folder: str | Path) -> None:
         InputError: if so.
     """
     recover(Path(folder))
-    for name in (_CONFIG, _WEIGHTS):
-        if not (Path(folder) / name).is_file():
-            raise InputError(f"{folder} is not an artifact of this project: it has no {name}.")
+    if not (Path(folder) / _CONFIG).is_file():
+        raise InputError(f"{folder} is not an artifact of this project: it has no {_CONFIG}.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -263,6 +254,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if absent:
         raise InputError(f"{folder / _CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
     return config
+
+
+def _check_sums(folder: Path, sums: str | Mapping[str, str]) -> None:
+    """Refuse files that are not those that were written."""
+    for name, expected in ({WEIGHTS: sums} if isinstance(sums, str) else sums).items():  # one file until version 2
+        if Path(name).name != name:
+            raise InputError(f"{folder / _CONFIG} names {name!r}, which is no file of its folder: refused.")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}. Export the run again.")
+        if _sha256(folder / name) != expected:
+            raise InputError(f"{folder / name} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
 
 
 def _sha256(path: Path) -> str:
