@@ -58,7 +58,9 @@ from qat.transforms import (
     uncalibrated,
 )
 from qat.transforms.masks import sparsity
+from qat.transforms.unpack import adopt_grids
 
+LOADED = "as loaded, on its grid"
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
 SAVED = "saved, loaded"
@@ -123,7 +125,7 @@ class Job:
         parameters = sum(p.numel() for p in self.model.parameters())
         self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
-        self._measure(FULL, parameter_bytes(self.model))
+        self._measure(LOADED if self.loaded.grids else FULL, parameter_bytes(self.model))
         self._make_teacher()
         self._shrink()
         self._prepare()
@@ -295,6 +297,11 @@ class Job:
                 instantiate(self.cfg.scheme),
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if fresh and self.loaded.grids:
+            same = adopt_grids(self.model, self.loaded.grids)
+            self._say(
+                f"{len(same)} of {len(self.loaded.grids)} quantized layers start on the grid that they were loaded from"
             )
         if emulates_fp8(self.model, self.trainer.strategy.root_device):
             self._say("compute=fp8: a CPU multiplies these codes in float32: the same values, and no time saved")

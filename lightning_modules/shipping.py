@@ -1,7 +1,7 @@
 """Ship a converted model: write it, read it back, and hold it and the engine that serves it to what was trained."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def _sizes(folder: Path, model: nn.Module) -> dict[str, Any]:
     return found | {"bits_per_weight_claimed": bits_per_weight(model), "bits_per_weight_actual": spent}
 
 
-def write_reports(folder: Path, recipe: Recipe, rows: Iterable[dict[str, Any]], report: dict[str, Any]) -> None:
+def write_reports(folder: Path, recipe: Recipe, rows: Collection[dict[str, Any]], report: dict[str, Any]) -> None:
     """Put `parity.json` and the model card beside an export."""
     with replaced_file(folder / "parity.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -25,7 +25,7 @@ from qat.transforms.layers import conv1d_to_linear, replace
 from qat.transforms.slice_bits import slice_bits
 
 FORMAT_VERSION = 3
-_CONFIG = "quant_config.json"
+CONFIG = "quant_config.json"
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_byte
     kv = describe_kv(model)
     if not layers and kv is None:
         raise InputError("Nothing to save: no layer stores codes. Call qat.convert(model) first.")
-    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / _CONFIG).is_file():
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / CONFIG).is_file():
         raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
     with replaced_folder(folder) as temporary:
@@ -71,7 +71,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_byte
             "layers": {name: _describe(layer) for name, layer in layers.items()},
             "kv": kv,
         }
-        (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return Path(folder)
 
 
@@ -188,7 +188,7 @@ def _allocate(name: str, description: Mapping[str, Any], model: nn.Module) -> nn
         packed = {key: PackedTensor(weight) for key, weight in weights.items()}
         stored = [nn.Identity() if role is None else StoredActivation(role) for role in roles]
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{_CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
+        raise InputError(f"{CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
     try:
         return layer(module, packed, *stored)
     except (AttributeError, TypeError) as error:
@@ -238,21 +238,21 @@ def check_artifact(folder: str | Path) -> None:
         InputError: if so.
     """
     recover(Path(folder))
-    if not (Path(folder) / _CONFIG).is_file():
-        raise InputError(f"{folder} is not an artifact of this project: it has no {_CONFIG}.")
+    if not (Path(folder) / CONFIG).is_file():
+        raise InputError(f"{folder} is not an artifact of this project: it has no {CONFIG}.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         version = config["format_version"]
         absent = {"sha256", "tied", "layers"} - set(config)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / _CONFIG} is damaged ({error}). Export the run again.") from error
+        raise InputError(f"{folder / CONFIG} is damaged ({error}). Export the run again.") from error
     if version > FORMAT_VERSION:
         raise InputError(f"{folder} has format_version {version}, this version reads up to {FORMAT_VERSION}: upgrade.")
     if absent:
-        raise InputError(f"{folder / _CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
+        raise InputError(f"{folder / CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
     return config
 
 
@@ -260,11 +260,11 @@ def _check_sums(folder: Path, sums: str | Mapping[str, str]) -> None:
     """Refuse files that are not those that were written."""
     for name, expected in ({WEIGHTS: sums} if isinstance(sums, str) else sums).items():  # one file until version 2
         if Path(name).name != name:
-            raise InputError(f"{folder / _CONFIG} names {name!r}, which is no file of its folder: refused.")
+            raise InputError(f"{folder / CONFIG} names {name!r}, which is no file of its folder: refused.")
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}. Export the run again.")
         if _sha256(folder / name) != expected:
-            raise InputError(f"{folder / name} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
+            raise InputError(f"{folder / name} is damaged: its checksum differs from {CONFIG}. Export the run again.")
 
 
 def _sha256(path: Path) -> str:

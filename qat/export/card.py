@@ -1,6 +1,6 @@
 """The model card that goes along with an export: what it was made from, how, and what was measured."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -19,7 +19,7 @@ class Recipe(NamedTuple):
     command: str | None = None
 
 
-def model_card(recipe: Recipe, rows: Iterable[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
+def model_card(recipe: Recipe, rows: Collection[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
     """The text of `README.md`, with the front matter of the hub.
 
     Args:
@@ -43,7 +43,9 @@ def _origin(recipe: Recipe) -> list[str]:
     return [*made] if recipe.command is None else [*made, f"\n```bash\n{recipe.command}\n```"]
 
 
-def _results(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _results(rows: Collection[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
     lines = [f"| {row['row']} | {row['perplexity']:.3f} | {row['bits_per_weight']:.3f} |" for row in rows]
     return ["\n## Results\n", "| model | perplexity | bits per weight |", "|---|---:|---:|", *lines]
 

@@ -5,7 +5,6 @@ the tensors of a quantized layer look is the business of a `Layout`.
 """
 
 import copy
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,9 +69,7 @@ class Checkpoint(Target):
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
-            names = write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
-            for name in names:
-                shutil.copymode(temporary / "config.json", temporary / name)
+            write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
         return Path(folder)
 
     def _tensors(self, model: nn.Module, config: Config) -> Named:

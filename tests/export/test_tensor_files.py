@@ -74,9 +74,7 @@ def test_a_pickle_is_refused_unopened(name, tmp_path):
         TensorFiles(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "place", ["../secret.safetensors", "/etc/a.safetensors", "sub/a.safetensors", "model.bin"]
-)
+@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/a.safetensors", "sub/a.safetensors", "model.bin"])
 def test_an_index_that_leads_out_of_the_folder(place, tmp_path):
     save_file({"bytes": TENSORS["bytes"]}, tmp_path / "secret.safetensors")
     folder = written(tmp_path / "model", 40)
