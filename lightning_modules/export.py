@@ -1,6 +1,7 @@
 """The command that ships what is quantized already: `qat-export artifact=outputs/RUN/native export=gptq`."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
