@@ -50,6 +50,7 @@ class Checkpoint(Target):
             refuse(self.title, name, self.layout.misfits(grid))
             if name in transposed:
                 refuse(self.title, name, [Misfit("weights that its model stores transposed", "export=native")])
+        refuse(self.title, "this model", self.layout.joint_misfits(grids, _plain(model)))
 
     def write(self, model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         self.check(model)
@@ -59,8 +60,7 @@ class Checkpoint(Target):
                 f"{folder} holds other files, which saving would replace: choose a new or an empty folder."
             )
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-        others = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        quantization = self.layout.config(layers, others)
+        quantization = self.layout.config(layers, _plain(model))
         with replaced_folder(folder) as temporary:
             config: Any = copy.deepcopy(model.config)
             config.quantization_config = quantization
@@ -117,6 +117,11 @@ class Checkpoint(Target):
             linear, {"weight": PackedTensor.from_quantized(weight)}, input or nn.Identity(), nn.Identity()
         )
         replace(model, name, packed)
+
+
+def _plain(model: nn.Module) -> list[str]:
+    """The linear layers in full precision."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

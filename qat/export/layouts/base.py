@@ -50,6 +50,15 @@ class Layout(ABC):
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
         """Everything that keeps a linear layer of these grids from being stored; nothing if it can be."""
 
+    def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+        """What keeps layers that fit one by one out of the same checkpoint.
+
+        Args:
+            grids: of the quantized layers, by name.
+            others: linear layers in full precision.
+        """
+        return iter(())
+
     @abstractmethod
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
         """`quantization_config` for a model of the quantized linear `layers` and `others` in full precision.
