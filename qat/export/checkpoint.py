@@ -99,11 +99,19 @@ class Checkpoint(Target):
             )
         transposed = transposed_layers(model)
         conv1d_to_linear(model)
-        for name, leaves in _leaves(files).items():
+        for name, leaves in self._leaves(files).items():
             if self.layout.is_quantized(leaves):
                 self._restore(model, name, {leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config)
         fill(model, files, transposed)
         return model.eval()
+
+    def _leaves(self, files: TensorFiles) -> dict[str, set[str]]:
+        """The names of the tensors of every module, without its own."""
+        found: dict[str, set[str]] = {}
+        for name in files:
+            owner, leaf = self.layout.split(name)
+            found.setdefault(owner, set()).add(leaf)
+        return found
 
     def _restore(self, model: nn.Module, name: str, tensors: dict[str, Tensor], config: Config) -> None:
         """Put the packed layer `name` in the place of the linear one."""
@@ -128,15 +136,6 @@ def _dtype(model: nn.Module) -> torch.dtype:
     """What the model computes in."""
     packed = (module.weight.dtype for module in model.modules() if isinstance(module, PackedLinear))
     return next(packed)
-
-
-def _leaves(files: TensorFiles) -> dict[str, set[str]]:
-    """The names of the tensors of every module, without its own."""
-    found: dict[str, set[str]] = {}
-    for name in files:
-        owner, _, leaf = name.rpartition(".")
-        found.setdefault(owner, set()).add(leaf)
-    return found
 
 
 def _plain_and_packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

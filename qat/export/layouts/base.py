@@ -71,6 +71,11 @@ class Layout(ABC):
     def tensors(self, layer: PackedLinear, config: Config) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer but its bias, named without the layer's name: `qweight`."""
 
+    def split(self, name: str) -> tuple[str, str]:
+        """The layer that a tensor of a checkpoint belongs to, and the tensor's name within it."""
+        layer, _, leaf = name.rpartition(".")
+        return layer, leaf
+
     @abstractmethod
     def is_quantized(self, names: set[str]) -> bool:
         """Whether a layer that has tensors of these names is quantized."""
