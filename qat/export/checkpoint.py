@@ -70,6 +70,9 @@ class Checkpoint(Target):
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
             names = write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
+            for name, text in self.layout.files(quantization).items():
+                (temporary / name).write_text(text)
+                names.append(name)
             for name in names:
                 shutil.copymode(temporary / "config.json", temporary / name)
         return Path(folder)

@@ -10,13 +10,11 @@ Nibble i of a word, from the lowest, belongs to output `_ORDER[i]` of its eight.
 AWQ (arXiv 2306.00978); the format is that of AutoAWQ.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qat.errors import InputError
 from qat.export.grids import LayerGrid, WeightGrid
 from qat.export.layouts.base import (
     Config,
@@ -26,8 +24,9 @@ from qat.export.layouts.base import (
     common_misfits,
     group_misfits,
     integer_misfits,
+    name_misfits,
 )
-from qat.export.layouts.checks import option, taken
+from qat.export.layouts.checks import group_count, option, taken
 from qat.export.layouts.words import WORD, from_words, signed, to_words, unsigned
 from qat.nn import PackedLinear
 from qat.numerics.formats import IntFormat
@@ -61,17 +60,11 @@ class Awq(Layout):
             )
 
     def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
-        sizes = Counter(grid.weights["weight"].group_size for grid in grids.values())
+        sizes = dict.fromkeys(grid.weights["weight"].group_size for grid in grids.values())
         if len(sizes) > 1:
-            ((common, _),) = sizes.most_common(1)
-            spelled = "per_channel" if common == -1 else f"per_group_{common}"
             found = ", ".join("whole rows" if size == -1 else str(size) for size in sizes)
-            yield Misfit(f"groups of several sizes: {found}", f"scheme.weight.granularity={spelled}")
-        # Engines look for these names anywhere in the name of a layer.
-        for other in others:
-            for name in grids:
-                if other in name:
-                    yield Misfit(f"{other} in full precision, which engines would take for {name} too", "export=gptq")
+            yield Misfit(f"groups of several sizes: {found}", "scheme.rules={}")
+        yield from name_misfits(grids, others)
 
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
         group_size = WeightGrid.of(next(iter(layers.values())).weight.without_codes()).group_size
@@ -105,9 +98,7 @@ class Awq(Layout):
         size = option(config, "group_size", int)
         qweight = taken(tensors, "qweight", name, [torch.int32], (None, None))
         columns, rows = qweight.shape[0], qweight.shape[1] * _OUTPUTS
-        if size != -1 and (size < 1 or columns % size):
-            raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide.")
-        groups = 1 if size == -1 else columns // size
+        groups = group_count(columns, size, name)
         scales = taken(tensors, "scales", name, [torch.float16, torch.bfloat16], (groups, rows))
         zeros = _from_words(taken(tensors, "qzeros", name, [torch.int32], (groups, rows // _OUTPUTS)))
         symmetric = bool((zeros == _MIDDLE).all())

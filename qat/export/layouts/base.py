@@ -71,6 +71,10 @@ class Layout(ABC):
     def tensors(self, layer: PackedLinear, config: Config) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer but its bias, named without the layer's name: `qweight`."""
 
+    def files(self, config: Config) -> Mapping[str, str]:
+        """Texts that belong into the folder beside `config.json`, by the names of their files."""
+        return {}
+
     def split(self, name: str) -> tuple[str, str]:
         """The layer that a tensor of a checkpoint belongs to, and the tensor's name within it."""
         layer, _, leaf = name.rpartition(".")
@@ -128,3 +132,11 @@ def group_misfits(weight: WeightGrid, sizes: Sequence[int], smallest: int = 1) -
         near = min(fitting, key=lambda size: abs(size - wanted)) if fitting and wanted > 0 else -1
         spelled = "per_channel" if near == -1 else f"per_group_{near}"
         yield Misfit(f"scales {weight.granularity}", f"scheme.weight.granularity={spelled}")
+
+
+def name_misfits(grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+    """Misfits of names for engines that look for those of `others` anywhere in the name of a layer."""
+    for other in others:
+        for name in grids:
+            if other in name:
+                yield Misfit(f"{other} in full precision, which engines would take for {name} too", "export=gptq")

@@ -51,3 +51,16 @@ def option(config: Mapping[str, Any], key: str, allowed: Sequence[Any] | type) -
     if not fits:
         raise InputError(f"The quantization_config says {key}={value}; only {expected} can be read.")
     return value
+
+
+def group_count(columns: int, size: int, name: str) -> int:
+    """Groups of `size` in a row of the layer `name`; -1 for the whole row.
+
+    Raises:
+        InputError: if they do not divide it.
+    """
+    if size == -1:
+        return 1
+    if size < 1 or columns % size:
+        raise InputError(f"{name} has {columns} columns, which groups of {size} do not divide.")
+    return columns // size
