@@ -32,7 +32,7 @@ SCHEMES = {
     "W4A16_AWQ": {"weight": partial(LSQQuantizer, bits=4, granularity="per_group_64")},
     "W8A16": {"weight": partial(LSQQuantizer, bits=8, granularity="per_channel")},
 }
-MODELS = exported.MODELS | {"qwen, with biases": lambda: wide_qwen()}
+MODELS = {"llama, tied": exported.MODELS["llama, tied"], "qwen, with biases": lambda: wide_qwen()}
 LAYER = "model.layers.0.mlp.down_proj"
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -210,11 +210,20 @@ def test_what_it_cannot_hold_is_refused_before_training(scheme, message, target)
         target.check(meta(**scheme))
 
 
+def test_layers_that_are_stored_transposed_are_refused(target):
+    with torch.device("meta"):
+        model = exported.MODELS["gpt2, transposed"]()
+    qat.prepare(model, qat.Scheme(**SCHEMES["W8A16"]), initialize=False)
+    with pytest.raises(InputError, match=r"c_attn, which has weights that its model stores transposed.*export=native"):
+        target.check(model)
+
+
 @pytest.mark.parametrize("algorithm", SCHEMES)
 def test_scales_of_layers_that_engines_fuse(algorithm):
-    """One scale for the weight of each of q, k and v is none that engines have; GPT-2's layer of all three is."""
+    """One scale for the weight of each of q, k and v is none that engines have; one for all of them is."""
     strict = Checkpoint(ModelOpt())
-    strict.check(meta("gpt2, transposed", **SCHEMES[algorithm]))
+    fused = nn.ModuleDict({"qkv_proj": nn.Linear(64, 192), "down_proj": nn.Linear(64, 64)})
+    strict.check(qat.prepare(fused, qat.Scheme(**SCHEMES[algorithm]), initialize=False))
     if algorithm not in ("FP8", "W4A16_NVFP4"):
         strict.check(meta(**SCHEMES[algorithm]))
         return

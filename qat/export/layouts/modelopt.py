@@ -36,6 +36,7 @@ class ModelOpt(Layout):
 
     method = "modelopt"
     title = "ModelOpt"
+    holds_transposed = False  # vLLM transposes what is called `weight` in GPT-2, quantized or not
 
     def __init__(self, separate_scales: bool = False) -> None:
         self.separate_scales = separate_scales
