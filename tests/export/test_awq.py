@@ -1,5 +1,6 @@
 """AWQ checkpoints: the stored numbers against the published layout, and back. Engines are in `test-engines`."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 import qat
 from qat.errors import InputError
@@ -78,8 +80,6 @@ def test_what_config_json_says(target, tmp_path):
         "version": "gemm",
         "modules_to_not_convert": ["model.layers.0.mlp.up_proj", "lm_head"],
     }
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
     understood = AutoQuantizationConfig.from_dict(AutoConfig.from_pretrained(folder).quantization_config)
     assert (understood.format, understood.bits, understood.group_size) == ("gemm", 4, -1)
     read = target.read(folder)
@@ -171,6 +171,14 @@ def test_damaged_tensors_are_refused(leaf, change, message, target, tmp_path):
         target.read(folder)
 
 
+def test_a_file_that_was_cut_is_refused(target, tmp_path):
+    folder = target.write(converted("llama, tied", WEIGHTS["symmetric"]), tmp_path / "awq")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        target.read(folder)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -183,8 +191,6 @@ def test_damaged_tensors_are_refused(leaf, change, message, target, tmp_path):
     ids=["bits", "version", "groups", "no groups", "method"],
 )
 def test_a_config_that_says_something_else_is_refused(said, message, target, tmp_path):
-    import json
-
     folder = target.write(converted("llama, tied", WEIGHTS["symmetric"]), tmp_path / "awq")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= said

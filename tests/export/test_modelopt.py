@@ -275,9 +275,10 @@ def test_damaged_tensors_are_refused(algorithm, leaf, change, message, target, t
         ({"quant_algo": "W8A16"}, "weight is torch.uint8, not torch.int8"),
         ({"group_size": 128}, r"weight_scale is \[64, 2\].*\[64, 1\]"),
         ({"group_size": 32}, "group_size=32; only 64 or 128"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "kv_cache_scheme=.*; only None can be read"),
         ({"quant_method": "fp8"}, "is no ModelOpt checkpoint.*fp8"),
     ],
-    ids=["algorithm", "other algorithm", "groups", "unknown groups", "method"],
+    ids=["algorithm", "other algorithm", "groups", "unknown groups", "kv", "method"],
 )
 def test_a_config_that_says_something_else_is_refused(said, message, target, tmp_path):
     folder = target.write(quantized("llama, tied", "W4A16_AWQ"), tmp_path / "modelopt")

@@ -140,3 +140,11 @@ def name_misfits(grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Itera
         for name in grids:
             if other in name:
                 yield Misfit(f"{other} in full precision, which engines would take for {name} too", "export=gptq")
+
+
+def boundary_misfits(grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+    """Misfits of names for transformers, which looks for those of `others` at either end of the name of a layer."""
+    for other in others:
+        for name in grids:
+            if name.startswith(f"{other}.") or name.endswith(other):
+                yield Misfit(f"{other} in full precision, which would be taken for {name} too", "export=native")

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.export.grids import LayerGrid, WeightGrid
-from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, common_misfits
+from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, boundary_misfits, common_misfits
 from qat.export.layouts.checks import option, taken
 from qat.nn import PackedLinear
 from qat.nn.packed import dtype_name
@@ -44,10 +44,25 @@ _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float3
 _ZERO = 7  # the code of zero, which fills the last byte
 
 
-class BitsAndBytes(Layout):
-    """NF4 in blocks, its scales in float32 or quantized in turn, layer by layer."""
+class BitsAndBytesLayout(Layout):
+    """What checkpoints of bitsandbytes have in common: names."""
 
     method = "bitsandbytes"
+
+    def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+        return boundary_misfits(grids, others)
+
+    def split(self, name: str) -> tuple[str, str]:
+        layer, _, leaf = name.partition(".weight.")
+        return (layer, f"weight.{leaf}") if leaf else super().split(name)
+
+    def is_quantized(self, names: set[str]) -> bool:
+        return "SCB" in names or any(name.startswith("weight.") for name in names)
+
+
+class BitsAndBytes(BitsAndBytesLayout):
+    """NF4 in blocks, its scales in float32 or quantized in turn, layer by layer."""
+
     title = "bitsandbytes"
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
@@ -66,13 +81,6 @@ class BitsAndBytes(Layout):
         elif isinstance(weight.scale, torch.dtype) and weight.scale != torch.float32:
             yield Misfit("scales that are not float32", "scheme.weight.scale_dtype=float32")
 
-    def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
-        # transformers takes these names for the beginning or the end of others.
-        for other in others:
-            for name in grids:
-                if name.startswith(f"{other}.") or name.endswith(other):
-                    yield Misfit(f"{other} in full precision, which would be taken for {name} too", "export=native")
-
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
         weights = [layer.weight.without_codes() for layer in layers.values()]
         return {
@@ -85,10 +93,6 @@ class BitsAndBytes(Layout):
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(others),
         }
-
-    def split(self, name: str) -> tuple[str, str]:
-        layer, _, leaf = name.partition(".weight.")
-        return (layer, f"weight.{leaf}") if leaf else super().split(name)
 
     def tensors(self, layer: PackedLinear, config: Config) -> Iterator[tuple[str, Tensor]]:
         q = layer.weight.quantized()
@@ -114,9 +118,6 @@ class BitsAndBytes(Layout):
         else:
             yield "weight.absmax", scale.flatten()
         yield _STATE, torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-
-    def is_quantized(self, names: set[str]) -> bool:
-        return "SCB" in names or any(name.startswith("weight.") for name in names)
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> StoredLinear:
         option(config, "load_in_4bit", [True])

@@ -94,6 +94,7 @@ class ModelOpt(Layout):
 
     def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> StoredLinear:
         algorithm = ALGORITHMS[option(config, "quant_algo", list(ALGORITHMS))]
+        option(config, "kv_cache_scheme", [None])
         size = option(config, "group_size", algorithm.group_sizes) if algorithm.group_sizes else 0
         return algorithm.restore(tensors, size, name, dtype)
 
