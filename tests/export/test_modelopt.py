@@ -200,7 +200,7 @@ def meta(name="llama, tied", **scheme):
         (SCHEMES["W8A16"] | {"kv": qat.transforms.KVCache(TOKEN, TOKEN)}, "kv@scheme.kv=none"),
         (
             SCHEMES["W8A16"] | {"rules": {"down": qat.Rule("*.down_proj", **SCHEMES["W4A16_AWQ"])}},
-            r"this model.*several kinds: .*W4A16_AWQ.*W8A16.*scheme.rules=\{\}",
+            r"this model.*several kinds: W4A16_AWQ in groups of 64, W8A16\. .*~scheme\.rules",
         ),
     ],
 )

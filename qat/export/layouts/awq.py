@@ -63,7 +63,7 @@ class Awq(Layout):
         sizes = dict.fromkeys(grid.weights["weight"].group_size for grid in grids.values())
         if len(sizes) > 1:
             found = ", ".join("whole rows" if size == -1 else str(size) for size in sizes)
-            yield Misfit(f"groups of several sizes: {found}", "scheme.rules={}")
+            yield Misfit(f"groups of several sizes: {found}", "~scheme.rules")
         yield from name_misfits(grids, others)
 
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
