@@ -38,6 +38,7 @@ class Checkpoint(Target):
         self.layout = layout
         self.shard_bytes = shard_bytes
         self.title = layout.title
+        self.exact_engine = layout.exact_engine
 
     def check(self, model: nn.Module) -> None:
         grids = layer_grids(model)
@@ -50,6 +51,7 @@ class Checkpoint(Target):
             refuse(self.title, name, self.layout.misfits(grid))
             if name in transposed:
                 refuse(self.title, name, [Misfit("weights that its model stores transposed", "export=native")])
+        refuse(self.title, "this model", self.layout.joint_misfits(grids, _plain(model)))
 
     def write(self, model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         self.check(model)
@@ -59,8 +61,7 @@ class Checkpoint(Target):
                 f"{folder} holds other files, which saving would replace: choose a new or an empty folder."
             )
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-        others = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        quantization = self.layout.config(layers, others)
+        quantization = self.layout.config(layers, _plain(model))
         with replaced_folder(folder) as temporary:
             config: Any = copy.deepcopy(model.config)
             config.quantization_config = quantization
@@ -70,6 +71,8 @@ class Checkpoint(Target):
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
             write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
+            for name, text in self.layout.files(quantization).items():
+                (temporary / name).write_text(text)
         return Path(folder)
 
     def _tensors(self, model: nn.Module, config: Config) -> Named:
@@ -97,7 +100,7 @@ class Checkpoint(Target):
             )
         transposed = transposed_layers(model)
         conv1d_to_linear(model)
-        for name, leaves in _leaves(files).items():
+        for name, leaves in self._leaves(files).items():
             if self.layout.is_quantized(leaves):
                 self._restore(model, name, {leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config)
         fill(model, files, transposed)
@@ -107,6 +110,14 @@ class Checkpoint(Target):
         if self.layout.package is None:
             raise NotInstalled(f"{self.layout.engines} need environments of their own: make test-engines")
         return transformers_consumer(folder, self.layout.package)
+
+    def _leaves(self, files: TensorFiles) -> dict[str, set[str]]:
+        """The names of the tensors of every module, without its own."""
+        found: dict[str, set[str]] = {}
+        for name in files:
+            owner, leaf = self.layout.split(name)
+            found.setdefault(owner, set()).add(leaf)
+        return found
 
     def _restore(self, model: nn.Module, name: str, tensors: dict[str, Tensor], config: Config) -> None:
         """Put the packed layer `name` in the place of the linear one."""
@@ -122,19 +133,15 @@ class Checkpoint(Target):
         replace(model, name, packed)
 
 
+def _plain(model: nn.Module) -> list[str]:
+    """The linear layers in full precision."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     """What the model computes in."""
     packed = (module.weight.dtype for module in model.modules() if isinstance(module, PackedLinear))
     return next(packed)
-
-
-def _leaves(files: TensorFiles) -> dict[str, set[str]]:
-    """The names of the tensors of every module, without its own."""
-    found: dict[str, set[str]] = {}
-    for name in files:
-        owner, _, leaf = name.rpartition(".")
-        found.setdefault(owner, set()).add(leaf)
-    return found
 
 
 def _plain_and_packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -67,24 +68,29 @@ def target_of(folder: str | Path) -> Target | None:
     folder = Path(folder)
     if (folder / artifact.CONFIG).is_file():  # whose model may have no config.json
         return Native()
-    method = _quant_method(folder / "config.json")
+    config = _quantization_config(folder / "config.json")
+    if config is None:
+        return None
+    method = config["quant_method"]
     if method == artifact.METHOD:
         return Native()
-    if method is None:
-        return None
-    if method not in LAYOUTS:
-        raise InputError(
-            f"{folder} is quantized by '{method}', which is not known here.{nearest(method, LAYOUTS)} Known are "
-            f"{', '.join(LAYOUTS)}."
-        )
-    return Checkpoint(LAYOUTS[method]())
+    for layout in LAYOUTS:
+        if layout.wrote(config):
+            return Checkpoint(layout())
+    known = list(dict.fromkeys(layout.method for layout in LAYOUTS))
+    raise InputError(
+        f"{folder} is quantized by '{method}', which is not known here.{nearest(str(method), known)} Known are "
+        f"{', '.join(known)}."
+    )
 
 
-def _quant_method(config: Path) -> str | None:
-    if not config.is_file():
+def _quantization_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
         return None
     try:
-        found = json.loads(config.read_text()).get("quantization_config")
-        return None if found is None else str(found["quant_method"])
+        found: dict[str, Any] | None = json.loads(path.read_text()).get("quantization_config")
+        if found is not None:
+            found["quant_method"]
+        return found
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{config} is damaged ({error!r}). Fetch or export the model again.") from error
+        raise InputError(f"{path} is damaged ({error!r}). Fetch or export the model again.") from error

@@ -17,10 +17,12 @@ class Target(ABC):
 
     Attributes:
         title: what people call it.
+        exact_engine: whether the engine multiplies the very values, so that only its sums may run in another order.
         most_kl: what an engine may diverge from the trained model, in nats a token.
     """
 
     title: str
+    exact_engine: bool = True
     most_kl: float = 1e-2
 
     @abstractmethod

@@ -18,15 +18,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
-from qat.export.layouts.gptq import Gptq
+from qat.export.layouts import Awq, BitsAndBytes, Gptq, LlmInt8, ModelOpt
 from qat.export.native import Native
 from qat.export.targets import Target
-from qat.quantizers import LSQQuantizer
+from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, TableQuantizer
 
 INT4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
-TARGETS: dict[str, tuple[Target, Any]] = {
-    "native": (Native(), INT4),
-    "gptq": (Checkpoint(Gptq()), INT4),
+NF4 = partial(TableQuantizer, bits=4, granularity="per_group_32", double_quant=True)
+FP8 = partial(MinMaxQuantizer, format="fp8_e4m3", granularity="per_channel", scale_dtype="float32")
+INT8 = partial(MinMaxQuantizer, bits=8, granularity="per_channel")
+TOKEN = partial(MinMaxQuantizer, bits=8, granularity="per_token", scale_dtype="float32")
+FP8_TOKEN = partial(MinMaxQuantizer, format="fp8_e4m3", granularity="per_token", scale_dtype="float32")
+# What writes, and the quantizers of weights and inputs.
+TARGETS: dict[str, tuple[Target, Any, Any]] = {
+    "native": (Native(), INT4, None),
+    "gptq": (Checkpoint(Gptq()), INT4, None),
+    "awq": (Checkpoint(Awq()), INT4, None),
+    "bitsandbytes": (Checkpoint(BitsAndBytes()), NF4, None),
+    "llm_int8": (Checkpoint(LlmInt8()), INT8, TOKEN),
+    "modelopt": (Checkpoint(ModelOpt()), FP8, FP8_TOKEN),
 }
 # What a number or a word in a JSON file is replaced by.
 _VALUES = (None, -1, 0, 1, 3, 2**31, 1e300, "", "x", "../x", [], {}, True)
@@ -41,11 +51,13 @@ _SIZES = {
 
 def written(name: str, folder: Path) -> Path:
     """A tiny model as the target `name` writes it."""
-    target, weight = TARGETS[name]
+    target, weight, input = TARGETS[name]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16)).eval()
-    return target.write(qat.convert(qat.prepare(model, qat.Scheme(weight=weight))), folder / name)
+    return target.write(
+        qat.convert(qat.prepare(model, qat.Scheme(weight=weight, input=input or NoQuantizer))), folder / name
+    )
 
 
 def mutate(folder: Path, rng: random.Random) -> str:

@@ -41,7 +41,8 @@ class Layout(ABC):
         title: what people call it.
         holds_transposed: whether it takes layers that transformers stores transposed (GPT-2's Conv1D).
         package: with which transformers loads such a checkpoint; None where only other engines do.
-        engines: those, and where they are tried.
+        engines: those.
+        exact_engine: whether the engine multiplies the very values, so that only its sums may run in another order.
     """
 
     method: ClassVar[str]
@@ -49,10 +50,25 @@ class Layout(ABC):
     holds_transposed: ClassVar[bool] = True
     package: ClassVar[str | None] = None
     engines: ClassVar[str] = ""
+    exact_engine: ClassVar[bool] = True
+
+    @classmethod
+    def wrote(cls, config: Config) -> bool:
+        """Whether a checkpoint with this `quantization_config` is in this layout."""
+        return config.get("quant_method") == cls.method
 
     @abstractmethod
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
         """Everything that keeps a linear layer of these grids from being stored; nothing if it can be."""
+
+    def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+        """What keeps layers that fit one by one out of the same checkpoint.
+
+        Args:
+            grids: of the quantized layers, by name.
+            others: linear layers in full precision.
+        """
+        return iter(())
 
     @abstractmethod
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
@@ -65,6 +81,15 @@ class Layout(ABC):
     @abstractmethod
     def tensors(self, layer: PackedLinear, config: Config) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a layer but its bias, named without the layer's name: `qweight`."""
+
+    def files(self, config: Config) -> Mapping[str, str]:
+        """Texts that belong into the folder beside `config.json`, by the names of their files."""
+        return {}
+
+    def split(self, name: str) -> tuple[str, str]:
+        """The layer that a tensor of a checkpoint belongs to, and the tensor's name within it."""
+        layer, _, leaf = name.rpartition(".")
+        return layer, leaf
 
     @abstractmethod
     def is_quantized(self, names: set[str]) -> bool:
@@ -88,7 +113,7 @@ class Layout(ABC):
 def common_misfits(grid: LayerGrid) -> Iterator[Misfit]:
     """What no layout of linear layers takes."""
     if grid.kind != "linear":
-        yield Misfit(f"a quantized {grid.kind} layer", "scheme.embedding=false")
+        yield Misfit(f"a quantized {grid.kind} layer", "scheme.embedding=false scheme.head=false")
     if grid.output is not None:
         yield Misfit("a quantized output", "quantizer@scheme.output=none")
 
@@ -106,15 +131,27 @@ def integer_misfits(weight: WeightGrid, bits: Sequence[int]) -> Iterator[Misfit]
         yield Misfit("offsets", "quantizer@scheme.weight=lsq")
 
 
-def group_misfits(weight: WeightGrid, sizes: Sequence[int], smallest: int = 1) -> Iterator[Misfit]:
-    """Misfits of a weight for groups of these sizes along its rows, -1 for whole rows.
-
-    Args:
-        smallest: what the number of columns must be a multiple of.
-    """
+def group_misfits(weight: WeightGrid, sizes: Sequence[int]) -> Iterator[Misfit]:
+    """Misfits of a weight for groups of these sizes along its rows, -1 for whole rows."""
     if weight.group_size not in sizes:
         fitting = [size for size in sizes if size > 0 and weight.shape[-1] % size == 0]
         wanted = weight.group_size or 0
         near = min(fitting, key=lambda size: abs(size - wanted)) if fitting and wanted > 0 else -1
         spelled = "per_channel" if near == -1 else f"per_group_{near}"
         yield Misfit(f"scales {weight.granularity}", f"scheme.weight.granularity={spelled}")
+
+
+def name_misfits(grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+    """Misfits of names for engines that look for those of `others` anywhere in the name of a layer."""
+    for other in others:
+        for name in grids:
+            if other in name:
+                yield Misfit(f"{other} in full precision, which engines would take for {name} too", "export=gptq")
+
+
+def boundary_misfits(grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+    """Misfits of names for transformers, which looks for those of `others` at either end of the name of a layer."""
+    for other in others:
+        for name in grids:
+            if name.startswith(f"{other}.") or name.endswith(other):
+                yield Misfit(f"{other} in full precision, which would be taken for {name} too", "export=native")

@@ -57,12 +57,13 @@ class Gptq(Layout):
             if size % WORD:
                 yield Misfit(f"{size} {what}, which do not fill words of 32", 'scheme.exclude=["THE LAYER"]')
 
+    def joint_misfits(self, grids: Mapping[str, LayerGrid], others: Sequence[str]) -> Iterator[Misfit]:
+        if len({grid.weights["weight"].zero_point for grid in grids.values()}) > 1:
+            yield Misfit("zero points in some layers and none in others", "quantizer@scheme.weight=lsq")
+
     def config(self, layers: Mapping[str, PackedLinear], others: Sequence[str]) -> Config:
         own = {name: _own(layer) for name, layer in layers.items()}
         common = max(own.values(), key=list(own.values()).count)
-        symmetric = {options["sym"] for options in own.values()}
-        if len(symmetric) > 1:
-            raise InputError("GPTQ checkpoints are symmetric or not in all layers: train one of both kinds.")
         dynamic: Config = {f"-:^{re.escape(name)}$": {} for name in others if name != _HEAD}
         dynamic |= {f"+:^{re.escape(name)}$": options for name, options in own.items() if options != common}
         version = "gptq" if all(_fits_first_version(layer) for layer in layers.values()) else "gptq_v2"
