@@ -82,6 +82,8 @@ def _read(files: TensorFiles, name: str, transposed: bool, expected: Tensor) -> 
     found = files[name].t().contiguous() if transposed else files[name]
     if found.shape != expected.shape:
         raise InputError(f"{name} is {list(found.shape)}, and its config.json says {list(expected.shape)}.")
+    if expected.is_floating_point() and found.dtype.itemsize == 1:
+        raise InputError(f"{name} is {found.dtype}, codes of which {files.folder} holds no scale.")
     return found.to(expected.dtype)
 
 

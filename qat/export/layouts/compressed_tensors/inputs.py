@@ -5,7 +5,7 @@
 
 Dynamic scales follow from the data, in each engine by its own arithmetic. The library takes max|x| / 127.5 for int8 and
 max|x| / 448 for fp8_e4m3, in the dtype of x; here it is max|x| / 127, as in the kernels of vLLM, rounded up to the
-scale_dtype. Asymmetric scales, (max - min) / 255, are the same in both.
+scale_dtype. Asymmetric scales, (max - min) / 255, are the same in both where x is float32.
 """
 
 from collections.abc import Iterator
@@ -28,6 +28,9 @@ from qat.numerics.formats import Format, IntFormat
 from qat.numerics.granularity import PerGroup, PerTensor, PerToken
 
 _BITS = (4, 8)
+# Of dynamic scales in engines. A config does not say it: the library would clamp to its range in the dtype of x, which
+# overflows.
+_USUAL = torch.float32
 _RULES = {"absmax": True, "minmax": False}
 
 
@@ -47,14 +50,16 @@ def input_misfits(grid: ActivationGrid, types: tuple[str, ...], weight: torch.dt
             yield Misfit(f"static input scales {grid.granularity}", "scheme.input.granularity=per_tensor")
         yield from dtype_misfits(grid.scale_dtype, weight, "input")
         return
+    if grid.scale_dtype not in (torch.float32, weight) and weight != torch.float32:
+        yield Misfit(f"input scales that a {dtype_name(weight)} model rounds", "scheme.input.scale_dtype=float32")
     if grid.rule not in _RULES:
         yield Misfit(f"input scales by the rule {grid.rule}", f"quantizer@scheme.input={fitting}_token")
     if not isinstance(grid.granularity, PerTensor | PerToken | PerGroup):
         yield Misfit(f"input scales {grid.granularity}", "scheme.input.granularity=per_token")
 
 
-def input_arguments(input: StoredActivation, weight: torch.dtype) -> Arguments:
-    """What the config says of an input that has no misfits, in a model of the dtype `weight`."""
+def input_arguments(input: StoredActivation) -> Arguments:
+    """What the config says of an input that has no misfits."""
     granularity, rule = input.granularity, input.rule
     strategies = {PerTensor(): "tensor", PerToken(): "token"}
     size = granularity.group_size if isinstance(granularity, PerGroup) else None
@@ -65,7 +70,7 @@ def input_arguments(input: StoredActivation, weight: torch.dtype) -> Arguments:
         size,
         symmetric=input.zero_point is None if rule is None else _RULES[rule],
         dynamic=rule is not None,
-        scale_dtype=None if rule is None or input.scale_dtype == weight else str(input.scale_dtype),
+        scale_dtype=None if rule is None or input.scale_dtype == _USUAL else str(input.scale_dtype),
     )
 
 
@@ -93,7 +98,7 @@ def restored_input(leaves: Leaves, said: Arguments, dtype: torch.dtype) -> Store
         if not isinstance(granularity, PerTensor | PerToken | PerGroup) or said.strategy == "tensor_group":
             raise InputError(f"{name} has dynamic input scales by the strategy '{said.strategy}': refused.")
         rule = "absmax" if said.symmetric else "minmax"
-        spelled = dtype_name(dtype_of(said.scale_dtype) if said.scale_dtype else dtype)
+        spelled = dtype_name(dtype_of(said.scale_dtype) if said.scale_dtype else _USUAL)
         # What engines leave behind of static scales, where inputs became dynamic later.
         leaves.drop("input_scale", "input_zero_point")
         return StoredActivation(description | {"rule": rule, "scale_dtype": spelled})

@@ -2,7 +2,7 @@
 
 For a layer `[out, in]` of b bits and G groups a row:
 
-    weight_packed      int32 [out, ceil(in b / 32)]  pack-quantized: code i, counted from the lowest, from bit b i of a row on
+    weight_packed      int32 [out, ceil(in b / 32)]  pack-quantized: codes from the lowest on, densely along rows
     weight_shape       int64 [2]                     pack-quantized: out and in
     weight             int8 [out, in]                int-quantized: signed codes
     weight_scale       [out, G]; [1] for the tensor

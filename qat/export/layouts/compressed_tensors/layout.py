@@ -114,7 +114,7 @@ def _store_of(layer: PackedLinear) -> Store:
 def _scheme(layer: PackedLinear) -> Config:
     """What the config says of a layer, but for its name."""
     store, weight, input = _store_of(layer), WeightGrid.of(layer.weight.without_codes()), layer.input_quantizer
-    said = input_arguments(input, weight.dtype).written() if isinstance(input, StoredActivation) else None
+    said = input_arguments(input).written() if isinstance(input, StoredActivation) else None
     return {
         "weights": store.arguments(weight).written(),
         "input_activations": said,

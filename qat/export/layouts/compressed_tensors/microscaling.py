@@ -6,7 +6,8 @@ For a layer `[out, in]`:
     weight         float8_e4m3fn [out, in]     mxfp8
     weight_scale   uint8 [out, in / 32]        exponents, biased by 127
 
-The library dequantizes them to bfloat16, whatever the model's dtype.
+The library dequantizes them to bfloat16, which holds every product of such a code and a power of two. A model in
+float32 it can therefore only read with `dequantize=True`, or `dtype=torch.bfloat16`: its layers multiply in one dtype.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,6 @@ class Microscaling(Store):
             yield Misfit(f"{weight.format.name} codes", f"scheme.weight.format={self.grid.name}")
         if weight.granularity != PerGroup(BLOCK):
             yield Misfit(f"scales {weight.granularity}", f"scheme.weight.granularity=per_group_{BLOCK}")
-        yield from bfloat16_misfits(weight)
 
     def arguments(self, weight: WeightGrid) -> Arguments:
         return Arguments("float", self.grid.bits, "group", BLOCK, scale_dtype="torch.uint8")
@@ -70,12 +70,6 @@ class Microscaling(Store):
 MXFP4 = Microscaling("mxfp4-pack-quantized", FloatFormat(2, 1))
 MXFP6 = Microscaling("mxfp6-pack-quantized", FloatFormat(2, 3))
 MXFP8 = Microscaling("mxfp8-quantized", E4M3)
-
-
-def bfloat16_misfits(weight: WeightGrid) -> Iterator[Misfit]:
-    """Misfits of a weight for formats that the library dequantizes to bfloat16."""
-    if weight.dtype != torch.bfloat16:
-        yield Misfit("values that are not bfloat16, which they become when they are read", "model.dtype=bfloat16")
 
 
 def packed_rows(q: QuantizedTensor) -> Tensor:

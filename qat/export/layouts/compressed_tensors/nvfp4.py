@@ -24,7 +24,7 @@ from qat.export.layouts.base import Misfit
 from qat.export.layouts.compressed_tensors.arguments import Arguments
 from qat.export.layouts.compressed_tensors.floats import E4M3
 from qat.export.layouts.compressed_tensors.leaves import Leaves
-from qat.export.layouts.compressed_tensors.microscaling import bfloat16_misfits, packed_rows, unpacked_rows
+from qat.export.layouts.compressed_tensors.microscaling import packed_rows, unpacked_rows
 from qat.export.layouts.compressed_tensors.store import Store
 from qat.numerics.formats import FloatFormat
 from qat.numerics.granularity import PerGroup, PerTensor
@@ -56,7 +56,8 @@ class NvFp4(Store):
             or scale.offset
         ):
             yield Misfit("scales that are not fp8_e4m3 with one for the tensor", "quantizer@scheme.weight=nvfp4")
-        yield from bfloat16_misfits(weight)
+        if weight.dtype != torch.bfloat16:
+            yield Misfit("values that are not bfloat16, which they become when they are read", "model.dtype=bfloat16")
 
     def arguments(self, weight: WeightGrid) -> Arguments:
         return Arguments("float", 4, "tensor_group", BLOCK, scale_dtype="torch.float8_e4m3fn")
