@@ -8,8 +8,11 @@ import torch
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
-from qat.export.layouts.compressed_tensors import CompressedTensors
+from qat.export.layouts.compressed_tensors import CompressedTensors, nvfp4
 from qat.export.tensor_files import TensorFiles
+from qat.numerics.formats import FloatFormat
+from qat.numerics.granularity import PerGroup, PerTensor
+from qat.numerics.qtensor import QParams, QuantizedTensor
 from qat.quantizers import (
     LSQQuantizer,
     MicroscalingQuantizer,
@@ -102,18 +105,14 @@ def weights_that_differ(model, theirs):
     return [name for name, (one, other) in pairs.items() if one.dtype != other.dtype or not torch.equal(one, other)]
 
 
-def holds(weight, dtype):
-    """Only bfloat16 has the values of NVFP4 in the library."""
-    return weight != "nvfp4" or dtype == "bfloat16"
+# Of NVFP4 the library has the values in bfloat16 only.
+CASES = [(weight, dtype) for weight in WEIGHTS for dtype in DTYPES if weight != "nvfp4" or dtype == "bfloat16"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(("weight", "dtype"), CASES)
 @pytest.mark.parametrize("name", ["llama, tied", "qwen, with biases"])
 def test_what_is_written_is_read_back(name, weight, dtype, target, tmp_path):
     """The same codes and scales in the same dtypes, the same logits, and written again the same bytes."""
-    if not holds(weight, dtype):
-        return
     quantizer, format = WEIGHTS[weight]
     model = converted(name, quantizer, DTYPES[dtype])
     read = target.read(target.write(model, tmp_path / "one"))
@@ -123,13 +122,10 @@ def test_what_is_written_is_read_back(name, weight, dtype, target, tmp_path):
     assert same_files(tmp_path / "one", target.write(read, tmp_path / "two"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight", [weight for weight in WEIGHTS if "asymmetric" not in weight])
+@pytest.mark.parametrize(("weight", "dtype"), [case for case in CASES if "asymmetric" not in case[0]])
 @pytest.mark.parametrize("name", ["llama, tied", "qwen, with biases"])
 def test_the_library_computes_the_same(name, weight, dtype, target, tmp_path):
     """Bit by bit: weights and logits, whether it decompresses when the model first runs or when it is loaded."""
-    if not holds(weight, dtype):
-        return
     model = converted(name, WEIGHTS[weight][0], DTYPES[dtype])
     folder = target.write(model, tmp_path / "checkpoint")
     # The library multiplies microscaling in bfloat16 only, unless it dequantizes at once.
@@ -194,3 +190,371 @@ def test_inputs_are_read_back(case, dtype, target, tmp_path):
     one, other = (m.get_submodule(LAYER).input_quantizer for m in (model, read))
     assert one.description == other.description
     assert same_files(tmp_path / "one", target.write(read, tmp_path / "two"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", INPUTS)
+def test_the_library_quantizes_inputs_nearly_alike(case, dtype, target, tmp_path):
+    """To the bit where scales are stored and the model is in float32.
+
+    Else the library finds scales by max|x| / 127.5 for int8, where they are max|x| / 127 here, in the dtype of x, and
+    rounds x / scale to that dtype before it rounds to a code. Each is off by less than a step, as quantization itself
+    is by half of one: so logits are no further from ours than twice what quantizing inputs changes.
+    """
+    weight, input, _ = INPUTS[case]
+    model = calibrated("qwen, with biases", weight, DTYPES[dtype], input=input)
+    theirs = loaded(target.write(model, tmp_path / "checkpoint"))
+    assert weights_that_differ(model, theirs) == []
+    plain = calibrated("qwen, with biases", weight, DTYPES[dtype])
+    ours, found, full = (logits(m, token_ids()).float() for m in (model, theirs, plain))
+    assert (found - ours).norm() < 2 * (full - ours).norm()
+    if dtype == "float32" and ("static" in case or "learned" in case):
+        assert torch.equal(found, ours)
+    elif dtype == "float32" and "fp8" in case:  # scales differ by one float at most
+        torch.testing.assert_close(found, ours, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "fp8"])
+def test_dynamic_scales_of_the_library(kind):
+    """max|x| / 127.5 instead of / 127; the same to the bit with zero points; fp8 within the last bit."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = torch.randn(4, 100, 64, generator=torch.Generator().manual_seed(0))
+    options = {"type": "float"} if kind == "fp8" else {"symmetric": kind == "symmetric"}
+    args = QuantizationArgs(num_bits=8, strategy="token", dynamic=True, **options)
+    scale, zero_point = compute_dynamic_scales_and_zp(x, args, None)
+    quantizer = partial(E4M3, granularity="per_token") if kind == "fp8" else partial(TOKEN, **options)
+    ours = quantizer((64,), scale_dtype="float32").qparams(x)
+    if kind == "asymmetric":
+        assert torch.equal(scale, ours.scale)
+        assert torch.equal(zero_point + 128.0, ours.zero_point)
+    else:
+        highest = (127.5, 127) if kind == "symmetric" else (448, 448)
+        torch.testing.assert_close(scale * highest[0], ours.scale * highest[1], rtol=2.5e-7, atol=0)
+
+
+def test_the_words_are_those_of_the_format(target, tmp_path):
+    """Decoded one code at a time: 32 / b codes in a word would be another format for 3 bits."""
+    model = converted("llama, tied", WEIGHTS["w3a16, asymmetric"][0])
+    files = TensorFiles(target.write(model, tmp_path / "checkpoint"))
+    q = model.get_submodule(LAYER).weight.quantized()
+    rows, columns = q.shape
+    packed, scale, zeros, shape = (
+        files[f"{LAYER}.weight_{leaf}"] for leaf in ("packed", "scale", "zero_point", "shape")
+    )
+    assert shape.tolist() == [rows, columns]
+    assert packed.shape == (rows, columns * 3 // 32)
+    assert zeros.shape == (rows * 3 // 32, 1)
+
+    def code(words, i):
+        stream = sum(int(word) % 2**32 << 32 * place for place, word in enumerate(words))
+        return stream >> 3 * i & 7
+
+    for row in range(0, rows, 7):
+        for column in range(0, columns, 5):
+            value = (code(packed[row], column) - code(zeros[:, 0], row)) * scale[row, 0]
+            assert value == q.dequantize()[row, column]
+
+
+def test_layers_of_several_grids_and_without_any(target, tmp_path):
+    """Each has its group, and its format; the library reads all."""
+    rules = {
+        "down": qat.Rule("*.down_proj", weight=FP8, input=INPUTS["fp8"][1]),
+        "up": qat.Rule("*.up_proj", weight=W8),
+        "one": qat.Rule("*.0.mlp.gate_proj", weight=W8, input=TOKEN),
+    }
+    model = converted("llama, tied", W4, rules=rules, exclude=["*.1.mlp.gate_proj"])
+    folder = target.write(model, tmp_path / "one")
+    config = quantization(folder)
+    assert config["format"] == "mixed-precision"
+    assert [(group["format"], group["weights"]["num_bits"]) for group in config["config_groups"].values()] == [
+        ("pack-quantized", 4), ("int-quantized", 8), ("pack-quantized", 8), ("float-quantized", 8)
+    ]  # fmt: skip
+    assert config["config_groups"]["group_1"]["targets"] == ["model.layers.0.mlp.gate_proj"]
+    assert config["ignore"] == ["model.layers.1.mlp.gate_proj", "lm_head"]
+    theirs, read = loaded(folder), target.read(folder)
+    assert weights_that_differ(model, theirs) == []
+    assert same_codes(model, read)
+    assert torch.equal(logits(read, token_ids()), logits(model, token_ids()))
+    assert same_files(folder, target.write(read, tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (partial(TableQuantizer, bits=4), {}, "codebook16 codes.*quantizer@scheme.weight=lsq"),
+        (partial(Lsq, granularity="per_tensor"), {}, "per_tensor.*granularity=per_channel"),
+        (partial(Lsq, granularity="per_block_16x16"), {}, "per_block_16x16.*granularity=per_channel"),
+        (partial(Lsq, bits=2, grid="stretched"), {}, "levels4 codes.*quantizer@scheme.weight=lsq"),
+        (partial(MinMax, format="fp8_e5m2"), {}, "fp8_e5m2 codes.*format=fp8_e4m3"),
+        (partial(MinMax, format="fp4_e2m1"), {}, "fp8_e4m3 with one for the tensor.*weight=nvfp4"),
+        (partial(MicroscalingQuantizer, granularity="per_group_16"), {}, "per_group_16.*granularity=per_group_32"),
+        (partial(MicroscalingQuantizer, format="fp6_e3m2"), {}, "fp6_e3m2.*format=fp6_e2m3"),
+        (partial(MicroscalingQuantizer, format="fp8_e5m2"), {}, "fp8_e5m2.*format=fp8_e4m3"),
+        (NVFP4Quantizer, {}, "not bfloat16.*model.dtype=bfloat16"),
+        (MicroscalingQuantizer, {"input": TOKEN}, "a quantized input.*input=none"),
+        (FP8, {"input": TOKEN}, "int8 beside.*input=fp8_token"),
+        (W8, {"input": MicroscalingQuantizer}, "inputs in fp4_e2m1.*input=minmax_token"),
+        (FP8, {"input": partial(MicroscalingQuantizer, format="fp8_e4m3")}, "rule microscaling.*input=fp8_token"),
+        (W8, {"input": partial(TOKEN, bits=6)}, "inputs of 6 bits.*input.bits=8"),
+        (W8, {"input": partial(STATIC, granularity="per_channel_-1")}, "static input scales.*granularity=per_tensor"),
+        (W8, {"output": TOKEN}, "quantized output.*output=none"),
+        (W4, {"embedding": True}, "embedding layer.*scheme.embedding=false"),
+        (W4, {"kv": qat.transforms.KVCache(TOKEN, TOKEN)}, "kv@scheme.kv=none"),
+    ],
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused_before_training(weight, options, message, target):
+    """On the meta device, as the pipeline asks before anything is computed."""
+    with torch.device("meta"):
+        model = MODELS["llama, tied"]()
+    qat.prepare(model, qat.Scheme(weight=weight, **options), initialize=False)
+    with pytest.raises(InputError, match=message):
+        target.check(model)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (partial(W8, scale_dtype="float32"), {}, "a bfloat16 model rounds.*weight.scale_dtype=bfloat16"),
+        (partial(W8, scale_dtype="float16"), {}, "a bfloat16 model rounds.*weight.scale_dtype=bfloat16"),
+        (W8, {"input": partial(STATIC, scale_dtype="float32")}, "input.scale_dtype=bfloat16"),
+        (W8, {"input": partial(TOKEN, scale_dtype="float16")}, "input.scale_dtype=float32"),
+    ],
+)
+def test_scales_that_the_library_would_round_are_refused(weight, options, message, target):
+    with torch.device("meta"):
+        model = MODELS["llama, tied"]().to(torch.bfloat16)
+    qat.prepare(model, qat.Scheme(weight=weight, **options), initialize=False)
+    with pytest.raises(InputError, match=message):
+        target.check(model)
+
+
+def test_transposed_layers_are_refused(target):
+    """The library quantizes nn.Linear; what GPT-2 has instead it would leave out in silence."""
+    model = qat.prepare(MODELS["gpt2, transposed"](), qat.Scheme(weight=W4))
+    with pytest.raises(InputError, match=r"stores transposed.*export=native"):
+        target.check(model)
+
+
+def said(num_bits, type="int", strategy="group", group_size=None, symmetric=True, dynamic=False, **others):
+    """A grid as llm-compressor writes it, with all that it leaves null."""
+    return {
+        "actorder": None, "block_structure": None, "dynamic": dynamic, "group_size": group_size, "num_bits": num_bits,
+        "observer": None if dynamic else "minmax", "observer_kwargs": {}, "strategy": strategy, "symmetric": symmetric,
+        "type": type, **others,
+    }  # fmt: skip
+
+
+# Checkpoints of other tools: (format, weights, input_activations).
+FOREIGN = {
+    "w4a16": ("pack-quantized", said(4, group_size=32), None),
+    "w4a16, asymmetric": ("pack-quantized", said(4, group_size=32, symmetric=False), None),
+    "w8a16": ("pack-quantized", said(8, strategy="channel"), None),
+    "w8a8": ("int-quantized", said(8, strategy="channel"), said(8, strategy="token", dynamic=True)),
+    "fp8": ("float-quantized", said(8, "float", "channel"), said(8, "float", "token", dynamic=True)),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        said(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn", zp_dtype="torch.float8_e4m3fn"),
+        None,
+    ),
+    "mxfp4": ("mxfp4-pack-quantized", said(4, "float", "group", 32, scale_dtype="torch.uint8"), None),
+}
+
+
+def written_elsewhere(kind, folder, **config):
+    """A bfloat16 checkpoint that the library's compressors made, with a config in the style of llm-compressor."""
+    import json
+
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+    from safetensors.torch import save_file
+
+    format, weights, inputs = FOREIGN[kind]
+    group = {"format": format, "input_activations": inputs, "output_activations": None, "targets": ["Linear"]}
+    scheme = QuantizationScheme.model_validate(group | {"weights": weights})
+    torch.manual_seed(0)
+    model = MODELS["llama, tied"]().to(torch.bfloat16)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, torch.nn.Linear) or name == "lm_head":
+            continue
+        weight = tensors.pop(f"{name}.weight")
+        blocks = weight.unflatten(1, (-1, weights["group_size"] or weight.shape[1]))
+        own = {"weight": weight}
+        if weights["strategy"] == "tensor_group":
+            own["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
+        extremes = blocks.amin(-1), blocks.amax(-1)
+        own["weight_scale"], own["weight_zero_point"] = calculate_qparams(
+            *extremes, scheme.weights, own.get("weight_global_scale")
+        )
+        compressed = BaseCompressor.get_value_from_registry(format).compress(own, scheme)
+        tensors |= {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in compressed.items()}
+    model.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantization = {
+        "config_groups": {"group_0": group | {"weights": weights}}, "format": format, "global_compression_ratio": None,
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quant_method": "compressed-tensors",
+        "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {}, "version": "0.20.1",
+    }  # fmt: skip
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization | config}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_checkpoints_of_other_tools_are_read(kind, target, tmp_path):
+    """To what the library makes of them, bit by bit; and what was read can be written."""
+    folder = written_elsewhere(kind, tmp_path)
+    read = target.read(folder)
+    theirs = loaded(folder, dequantize="asymmetric" in kind)
+    assert weights_that_differ(read, theirs) == []
+    if FOREIGN[kind][2] is None:
+        assert torch.equal(logits(read, token_ids()), logits(theirs, token_ids()))
+    else:
+        assert read.get_submodule(LAYER).input_quantizer.rule == "absmax"
+    again = target.read(target.write(read, tmp_path / "again"))
+    assert same_codes(read, again)
+
+
+def altered(folder, tensors=None, **config):
+    """`folder` with other tensors of a layer and other entries of its quantization_config; None takes one out."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    found = load_file(folder / "model.safetensors")
+    for leaf, tensor in (tensors or {}).items():
+        found.pop(f"{LAYER}.{leaf}", None)
+        if tensor is not None:
+            found[f"{LAYER}.{leaf}"] = tensor
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+    whole["quantization_config"] |= config
+    path.write_text(json.dumps(whole))
+    return folder
+
+
+def one_group(kind, **changes):
+    """`config_groups` of a checkpoint of `kind`, its weights described otherwise."""
+    format, weights, inputs = FOREIGN[kind]
+    group = {"format": format, "targets": ["Linear"], "input_activations": inputs, "weights": weights | changes}
+    return {"config_groups": {"group_0": group}}
+
+
+NO_NUMBERS = torch.full((64, 4), float("nan"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "config", "message"),
+    [
+        ("w4a16", {"weight_g_idx": torch.zeros(128, dtype=torch.int32)}, {}, "weight_g_idx.*actorder=null"),
+        ("w4a16", {}, one_group("w4a16", actorder="group"), "order of their activations.*actorder=null"),
+        ("w4a16", {}, {"kv_cache_scheme": said(8, "float", "tensor")}, "kv_cache_scheme, which is not read"),
+        ("w4a16", {}, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config, which is not read"),
+        ("w4a16", {}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config, which is not read"),
+        ("w4a16", {}, {"quantization_status": "frozen"}, "not compressed"),
+        ("w4a16", {}, {"ignore": ["re:.*down_proj"]}, "says that it is not"),
+        ("w4a16", {}, {"config_groups": {"W4A16": ["Linear"]}}, "no config_groups that say weights"),
+        ("w4a16", {}, {"config_groups": {}}, "no group for it"),
+        ("w4a16", {}, {"config_groups": {"g": {"format": "marlin-24", "targets": ["Linear"]}}}, "as 'marlin-24'"),
+        ("w4a16", {}, one_group("w4a16", num_bits=3), "weight_packed is .* say"),
+        ("w4a16", {}, one_group("w4a16", num_bits="four"), "config.json is damaged"),
+        ("w4a16", {}, one_group("w4a16", group_size=64), "weight_scale is .* say"),
+        ("w4a16", {}, one_group("w4a16", group_size=48), "does not divide 128|does not divide 64"),
+        ("w4a16", {}, one_group("w4a16", symmetric=False), "has no weight_zero_point"),
+        ("w4a16", {}, one_group("w4a16", strategy="attn_head"), "strategy 'attn_head'"),
+        ("w4a16", {}, one_group("w4a16", type="float"), "type float and 4 bits"),
+        ("w4a16, asymmetric", {}, one_group("w4a16"), "has weight_zero_point, which its config.json does not tell of"),
+        ("w4a16", {"weight_scale": None}, {}, "has no weight_scale"),
+        ("w4a16", {"weight_packed": None}, {}, "has no weight_packed"),
+        ("w4a16", {"weight_shape": torch.tensor([64, 96])}, {}, "weight_packed is .* say"),
+        ("w4a16", {"weight_scale": NO_NUMBERS}, {}, "scales that are not positive numbers"),
+        ("w4a16", {"output_scale": torch.ones(1)}, {}, "has output_scale, which its config.json does not tell of"),
+        ("w8a8", {"weight_scale": None}, {}, "codes of which .* holds no scale"),
+        ("w8a8", {}, one_group("w8a8", num_bits=4), "beyond the 4 bits"),
+        ("fp8", {"weight": torch.full((64, 128), float("nan")).to(torch.float8_e4m3fn)}, {}, "holds NaN"),
+        ("fp8", {}, one_group("fp8", type="int"), "only fp8_e4m3 is known"),
+        ("fp8", {"weight_scale": torch.ones(64, 1, dtype=torch.int32)}, {}, "int32.*float32 is expected"),
+        ("nvfp4", {"weight_global_scale": torch.zeros(1)}, {}, "global scale 0.0, which is no positive number"),
+        ("nvfp4", {"weight_scale": torch.zeros(64, 8).to(torch.float8_e4m3fn)}, {}, "scales that are not positive"),
+        ("nvfp4", {}, {"tensor_scales": {LAYER: 3.0}}, "disagree"),
+        ("nvfp4", {}, one_group("nvfp4", group_size=32), "says something else of its grid"),
+        ("mxfp4", {"weight_scale": torch.full((64, 4), 255, dtype=torch.uint8)}, {}, "scales that are NaN"),
+        ("mxfp4", {"weight_packed": torch.zeros(64, 3, dtype=torch.uint8)}, {}, "fp4_e2m1 codes do not fill|does not"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_or_contradicts_itself_is_refused(kind, tensors, config, message, target, tmp_path):
+    folder = altered(written_elsewhere(kind, tmp_path), tensors, **config)
+    with pytest.raises(InputError, match=message):
+        target.read(folder)
+
+
+def test_a_group_of_the_name_goes_before_a_pattern_and_the_class(target, tmp_path):
+    """As in the library, whatever their order."""
+    folder = written_elsewhere("w4a16", tmp_path)
+    (group,) = quantization(folder)["config_groups"].values()
+    wrong = group | {"weights": group["weights"] | {"num_bits": 2}}
+    names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj")]
+    groups = {
+        "all": wrong | {"targets": ["Linear"]},
+        "pattern": wrong | {"targets": ["re:.*layers.*"]},
+        "names": group | {"targets": names},
+        "attention": group | {"targets": ["re:.*[kqvo]_proj$"]},
+    }
+    expected = target.read(folder)
+    altered(folder, config_groups=groups)
+    assert same_codes(expected, target.read(folder))
+    assert weights_that_differ(expected, loaded(folder)) == []
+
+
+ALL_BLOCKS = torch.arange(1, 127, dtype=torch.uint8)  # codes of every positive fp8_e4m3 number
+
+
+def nvfp4_tensor(tensor_scale):
+    """Every code of NVFP4 in blocks of every scale."""
+    second = QParams(tensor_scale.reshape(1, 1))
+    scale = QuantizedTensor(ALL_BLOCKS[:, None], second, FloatFormat(4, 3), PerTensor(), torch.float32)
+    codes = torch.arange(16, dtype=torch.uint8).repeat(len(ALL_BLOCKS), 1)
+    return QuantizedTensor(codes, QParams(scale), FloatFormat(2, 1), PerGroup(16), torch.bfloat16)
+
+
+def test_scales_of_nvfp4_tensors_have_an_inverse():
+    """By which the library's arithmetic, a division in float32, gives every code its value in bfloat16."""
+    unfound = 0
+    for tensor_scale in (torch.rand(300, generator=torch.Generator().manual_seed(0)) + 1) * 2**-11:
+        q = nvfp4_tensor(tensor_scale)
+        stored = nvfp4.global_scale(q, "a layer")
+        blocks = ALL_BLOCKS[:, None].view(torch.float8_e4m3fn).to(torch.bfloat16)
+        theirs = FloatFormat(2, 1).decode(q.codes) * (blocks / stored)
+        assert torch.equal(theirs.to(torch.bfloat16), q.dequantize())
+        back = nvfp4.tensor_scale(stored, ALL_BLOCKS, "a layer")
+        trained = nvfp4.not_recovered(q, "a layer")
+        assert back == tensor_scale if trained is None else trained == tensor_scale
+        unfound += trained is not None
+    assert 0 < unfound < 100
+
+
+def test_a_scale_without_inverse_is_refused():
+    """Short numbers put values in the middle of two others, where rounding has to go both ways."""
+    refused = 0
+    for tensor_scale in torch.arange(128, 256) / 2**19:
+        try:
+            nvfp4.global_scale(nvfp4_tensor(tensor_scale), "model.layers.7.mlp.up_proj")
+        except InputError as error:
+            refused += "model.layers.7.mlp.up_proj has a tensor scale for which no inverse" in str(error)
+    assert refused == 8
+
+
+def test_a_tensor_scale_that_does_not_follow_is_kept(target, tmp_path):
+    model = converted("llama, tied", NVFP4Quantizer, torch.bfloat16)
+    folder = target.write(model, tmp_path / "one")
+    kept = quantization(folder)["tensor_scales"]
+    assert kept
+    assert kept == {name: float(model.get_submodule(name).weight.scale.scale) for name in kept}
+    theirs, read = loaded(folder), target.read(folder)
+    assert weights_that_differ(model, theirs) == []
+    assert same_codes(model, read)
+    assert same_files(folder, target.write(read, tmp_path / "two"))
