@@ -20,9 +20,11 @@ from qat.quantizers import (
     NVFP4Quantizer,
     TableQuantizer,
 )
+from qat.transforms import KVCache
 from tests.export.exported import MODELS, converted, logits, quantization, same_codes, same_files, token_ids
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 
 Lsq, MinMax = LSQQuantizer, MinMaxQuantizer
 E4M3 = partial(MinMax, format="fp8_e4m3")
@@ -47,6 +49,7 @@ W4_ASYMMETRIC = partial(Lsq, bits=4, granularity="per_group_32", symmetric=False
 FP8 = WEIGHTS["fp8"][0]
 TOKEN = partial(MinMax, bits=8, granularity="per_token", scale_dtype="float32")
 STATIC = partial(MinMax, bits=8, granularity="per_tensor", dynamic=False)
+STATIC_FP8 = partial(E4M3, granularity="per_tensor", dynamic=False)
 # With quantized inputs: (weight, input, the name of the format).
 INPUTS = {
     "w8a8": (W8, TOKEN, "int-quantized"),
@@ -62,7 +65,7 @@ INPUTS = {
     "fp8": (FP8, partial(E4M3, granularity="per_token", scale_dtype="float32"), "float-quantized"),
     "fp8, static": (
         WEIGHTS["fp8 tensor"][0],
-        partial(E4M3, granularity="per_tensor", dynamic=False),
+        STATIC_FP8,
         "float-quantized",
     ),
     "w4afp8": (W4, partial(E4M3, granularity="per_token", scale_dtype="float32"), "int-quantized"),
@@ -301,7 +304,11 @@ def test_layers_of_several_grids_and_without_any(target, tmp_path):
         (W8, {"input": partial(STATIC, granularity="per_channel_-1")}, "static input scales.*granularity=per_tensor"),
         (W8, {"output": TOKEN}, "quantized output.*output=none"),
         (W4, {"embedding": True}, "embedding layer.*scheme.embedding=false"),
-        (W4, {"kv": qat.transforms.KVCache(TOKEN, TOKEN)}, "kv@scheme.kv=none"),
+        (W4, {"kv": KVCache(TOKEN, TOKEN)}, "the KV cache of .*not static and per_tensor.*kv.key=fp8_static"),
+        (W4, {"kv": KVCache(STATIC)}, "other keys or values"),
+        (W4, {"kv": KVCache(STATIC, STATIC_FP8)}, "other keys or values.*int8, for both.*kv.value=fp8_static"),
+        (W4, {"kv": KVCache(STATIC, partial(STATIC, symmetric=False))}, "other keys or values"),
+        (W4, {"kv": KVCache(STATIC, STATIC, window=8)}, "8 tokens in full precision.*kv.window=0"),
     ],
 )  # fmt: skip
 def test_what_it_cannot_hold_is_refused_before_training(weight, options, message, target):
@@ -320,6 +327,7 @@ def test_what_it_cannot_hold_is_refused_before_training(weight, options, message
         (partial(W8, scale_dtype="float16"), {}, "a bfloat16 model rounds.*weight.scale_dtype=bfloat16"),
         (W8, {"input": partial(STATIC, scale_dtype="float32")}, "input.scale_dtype=bfloat16"),
         (W8, {"input": partial(TOKEN, scale_dtype="float16")}, "input.scale_dtype=float32"),
+        (W8, {"kv": KVCache(STATIC, partial(STATIC, scale_dtype="float32"))}, "kv.value.scale_dtype=bfloat16"),
     ],
 )
 def test_scales_that_the_library_would_round_are_refused(weight, options, message, target):
@@ -418,17 +426,17 @@ def test_checkpoints_of_other_tools_are_read(kind, target, tmp_path):
     assert same_codes(read, again)
 
 
-def altered(folder, tensors=None, **config):
-    """`folder` with other tensors of a layer and other entries of its quantization_config; None takes one out."""
+def altered(folder, tensors=None, layer=LAYER, **config):
+    """`folder` with other tensors of `layer` and other entries of its quantization_config; None takes one out."""
     import json
 
     from safetensors.torch import load_file, save_file
 
     found = load_file(folder / "model.safetensors")
     for leaf, tensor in (tensors or {}).items():
-        found.pop(f"{LAYER}.{leaf}", None)
+        found.pop(f"{layer}.{leaf}", None)
         if tensor is not None:
-            found[f"{LAYER}.{leaf}"] = tensor
+            found[f"{layer}.{leaf}"] = tensor
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
     whole = json.loads(path.read_text())
@@ -452,7 +460,7 @@ NO_NUMBERS = torch.full((64, 4), float("nan"), dtype=torch.bfloat16)
     [
         ("w4a16", {"weight_g_idx": torch.zeros(128, dtype=torch.int32)}, {}, "weight_g_idx.*actorder=null"),
         ("w4a16", {}, one_group("w4a16", actorder="group"), "order of their activations.*actorder=null"),
-        ("w4a16", {}, {"kv_cache_scheme": said(8, "float", "tensor")}, "kv_cache_scheme, which is not read"),
+        ("w4a16", {}, {"kv_cache_scheme": said(8, "float", "tensor")}, "do not agree on whether its cache"),
         ("w4a16", {}, {"transform_config": {"config_groups": {"u": {}}}}, "transform_config, which is not read"),
         ("w4a16", {}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config, which is not read"),
         ("w4a16", {}, {"quantization_status": "frozen"}, "not compressed"),
@@ -558,3 +566,51 @@ def test_a_tensor_scale_that_does_not_follow_is_kept(target, tmp_path):
     assert weights_that_differ(model, theirs) == []
     assert same_codes(model, read)
     assert same_files(folder, target.write(read, tmp_path / "two"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", ["int8", "fp8"])
+def test_static_caches(grid, dtype, target, tmp_path):
+    """Read back to the bit; and in float32 the library's logits, and what it generates, are ours to the bit.
+
+    In bfloat16 it rounds x / scale before it rounds to a code.
+    """
+    role = STATIC if grid == "int8" else STATIC_FP8
+    model = calibrated("llama, tied", W4, DTYPES[dtype], kv=KVCache(role, role))
+    folder = target.write(model, tmp_path / "one")
+    read, theirs = target.read(folder), loaded(folder)
+    assert torch.equal(logits(read, token_ids()), logits(model, token_ids()))
+    assert same_codes(model, read)
+    assert same_files(folder, target.write(read, tmp_path / "two"))
+    assert weights_that_differ(model, theirs) == []
+    ours, found = logits(model, token_ids()), logits(theirs, token_ids())
+    plain = logits(calibrated("llama, tied", W4, DTYPES[dtype]), token_ids())
+    assert not torch.equal(ours, plain)
+    if dtype == "bfloat16":
+        assert (found - ours).norm() < 2 * (plain - ours).norm()
+        return
+    assert torch.equal(found, ours)
+    generated = [m.generate(input_ids=token_ids(), max_new_tokens=6, do_sample=False) for m in (model, theirs)]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "scheme", "message"),
+    [
+        ({"k_scale": None}, {}, "has no k_scale"),
+        ({"q_scale": torch.ones(1)}, {}, "has q_scale, which its config.json does not tell of"),
+        ({"v_scale": torch.zeros(1)}, {}, "scales that are not positive"),
+        ({}, None, "do not agree on whether its cache is quantized"),
+        ({}, {"num_bits": 4}, "keys and values of .* are quantized in a way that is not read"),
+        ({}, {"dynamic": True}, "keys and values of .* are quantized in a way that is not read"),
+        ({}, {"strategy": "attn_head"}, "keys and values of .* are quantized in a way that is not read"),
+    ],
+)
+def test_damaged_caches_are_refused(tensors, scheme, message, target, tmp_path):
+    model = calibrated("llama, tied", W4, kv=KVCache(STATIC_FP8, STATIC_FP8))
+    folder = target.write(model, tmp_path / "one")
+    whole = quantization(folder)["kv_cache_scheme"]
+    config = {"kv_cache_scheme": None if scheme is None else whole | scheme}
+    altered(folder, tensors, layer="model.layers.1.self_attn", **config)
+    with pytest.raises(InputError, match=message):
+        target.read(folder)

@@ -17,6 +17,7 @@ from qat.export.grids import LayerGrid, WeightGrid
 from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, common_misfits
 from qat.export.layouts.compressed_tensors import nvfp4
 from qat.export.layouts.compressed_tensors.arguments import Arguments
+from qat.export.layouts.compressed_tensors.cache import StaticCache
 from qat.export.layouts.compressed_tensors.floats import FloatQuantized
 from qat.export.layouts.compressed_tensors.inputs import input_arguments, input_misfits, input_tensors, restored_input
 from qat.export.layouts.compressed_tensors.ints import IntQuantized, PackQuantized
@@ -43,6 +44,7 @@ class CompressedTensors(Layout):
     method = "compressed-tensors"
     title = "compressed-tensors"
     holds_transposed = False
+    cache = StaticCache()
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
         yield from common_misfits(grid)
@@ -165,7 +167,7 @@ def _matches(name: str, target: str) -> bool:
 
 def _refuse_what_is_no_grid(config: Config) -> None:
     """Refuse what changes a model beyond the grids of its layers."""
-    for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+    for key in ("transform_config", "sparsity_config"):
         said = config.get(key)
         if said and not (key == "sparsity_config" and said.get("format", "dense") == "dense"):
             raise InputError(f"The checkpoint has a {key}, which is not read: {said}.")
