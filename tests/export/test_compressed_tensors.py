@@ -283,6 +283,16 @@ def test_layers_of_several_grids_and_without_any(target, tmp_path):
     assert same_files(folder, target.write(read, tmp_path / "two"))
 
 
+def test_a_quantized_head(target, tmp_path):
+    model = converted("qwen, with biases", W4, head=True)
+    folder = target.write(model, tmp_path / "checkpoint")
+    assert quantization(folder)["ignore"] == []
+    theirs, read = loaded(folder), target.read(folder)
+    assert weights_that_differ(model, theirs) == []
+    assert torch.equal(logits(theirs, token_ids()), logits(model, token_ids()))
+    assert same_codes(model, read)
+
+
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
@@ -291,6 +301,7 @@ def test_layers_of_several_grids_and_without_any(target, tmp_path):
         (partial(Lsq, granularity="per_block_16x16"), {}, "per_block_16x16.*granularity=per_channel"),
         (partial(Lsq, bits=2, grid="stretched"), {}, "levels4 codes.*quantizer@scheme.weight=lsq"),
         (partial(MinMax, format="fp8_e5m2"), {}, "fp8_e5m2 codes.*format=fp8_e4m3"),
+        (partial(MinMax, format="fp6_e2m3"), {}, "fp6_e2m3 codes.*weight=fp8 scheme.weight.bits=8"),
         (partial(MinMax, format="fp4_e2m1"), {}, "fp8_e4m3 with one for the tensor.*weight=nvfp4"),
         (partial(MicroscalingQuantizer, granularity="per_group_16"), {}, "per_group_16.*granularity=per_group_32"),
         (partial(MicroscalingQuantizer, format="fp6_e3m2"), {}, "fp6_e3m2.*format=fp6_e2m3"),
@@ -298,7 +309,7 @@ def test_layers_of_several_grids_and_without_any(target, tmp_path):
         (NVFP4Quantizer, {}, "not bfloat16.*model.dtype=bfloat16"),
         (MicroscalingQuantizer, {"input": TOKEN}, "a quantized input.*input=none"),
         (FP8, {"input": TOKEN}, "int8 beside.*input=fp8_token"),
-        (W8, {"input": MicroscalingQuantizer}, "inputs in fp4_e2m1.*input=minmax_token"),
+        (W8, {"input": MicroscalingQuantizer}, "inputs in fp4_e2m1.*input=minmax_token scheme.input.bits=8"),
         (FP8, {"input": partial(MicroscalingQuantizer, format="fp8_e4m3")}, "rule microscaling.*input=fp8_token"),
         (W8, {"input": partial(TOKEN, bits=6)}, "inputs of 6 bits.*input.bits=8"),
         (W8, {"input": partial(STATIC, granularity="per_channel_-1")}, "static input scales.*granularity=per_tensor"),
@@ -468,6 +479,8 @@ NO_NUMBERS = torch.full((64, 4), float("nan"), dtype=torch.bfloat16)
         ("w4a16", {}, {"config_groups": {"W4A16": ["Linear"]}}, "no config_groups that say weights"),
         ("w4a16", {}, {"config_groups": {}}, "no group for it"),
         ("w4a16", {}, {"config_groups": {"g": {"format": "marlin-24", "targets": ["Linear"]}}}, "as 'marlin-24'"),
+        ("w4a16", {}, {"config_groups": {"g": {"targets": ["Linear"]}}}, "weights in full precision"),
+        ("w4a16", {}, {"config_groups": {"g": {"targets": ["re:(mlp"]}}}, "is no pattern"),
         ("w4a16", {}, one_group("w4a16", num_bits=3), "weight_packed is .* say"),
         ("w4a16", {}, one_group("w4a16", num_bits="four"), "config.json is damaged"),
         ("w4a16", {}, one_group("w4a16", group_size=64), "weight_scale is .* say"),
@@ -489,6 +502,7 @@ NO_NUMBERS = torch.full((64, 4), float("nan"), dtype=torch.bfloat16)
         ("nvfp4", {"weight_global_scale": torch.zeros(1)}, {}, "global scale 0.0, which is no positive number"),
         ("nvfp4", {"weight_scale": torch.zeros(64, 8).to(torch.float8_e4m3fn)}, {}, "scales that are not positive"),
         ("nvfp4", {}, {"tensor_scales": {LAYER: 3.0}}, "disagree"),
+        ("nvfp4", {}, {"tensor_scales": {LAYER: "3"}}, "tensor_scales are no numbers"),
         ("nvfp4", {}, one_group("nvfp4", group_size=32), "says something else of its grid"),
         ("mxfp4", {"weight_scale": torch.full((64, 4), 255, dtype=torch.uint8)}, {}, "scales that are NaN"),
         ("mxfp4", {"weight_packed": torch.zeros(64, 3, dtype=torch.uint8)}, {}, "fp4_e2m1 codes do not fill|does not"),
@@ -613,4 +627,16 @@ def test_damaged_caches_are_refused(tensors, scheme, message, target, tmp_path):
     config = {"kv_cache_scheme": None if scheme is None else whole | scheme}
     altered(folder, tensors, layer="model.layers.1.self_attn", **config)
     with pytest.raises(InputError, match=message):
+        target.read(folder)
+
+
+def test_other_folders_are_refused(target, tmp_path):
+    folder = written_elsewhere("w4a16", tmp_path)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot be read"):
+        target.read(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    altered(folder, quant_method="gptq")
+    with pytest.raises(InputError, match=r"no compressed-tensors checkpoint: the quant_method .* is gptq"):
         target.read(folder)

@@ -33,7 +33,8 @@ class FloatQuantized(Store):
 
     def misfits(self, weight: WeightGrid) -> Iterator[Misfit]:
         if weight.format != E4M3:
-            mend = "scheme.weight.format=fp8_e4m3" if weight.format.bits == E4M3.bits else "quantizer@scheme.weight=fp8"
+            other = "quantizer@scheme.weight=fp8 scheme.weight.bits=8"
+            mend = "scheme.weight.format=fp8_e4m3" if weight.format.bits == E4M3.bits else other
             yield Misfit(f"{weight.format.name} codes with float scales", mend)
         yield from scale_misfits(weight)
         if weight.group_size is None and not isinstance(weight.granularity, PerTensor | PerBlock):

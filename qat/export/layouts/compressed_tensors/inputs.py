@@ -42,7 +42,10 @@ def input_misfits(grid: ActivationGrid, types: tuple[str, ...], weight: torch.dt
         return
     kind = _type_of(grid.format)
     if kind not in types:
-        yield Misfit(f"inputs in {grid.format.name} beside such weights", f"quantizer@scheme.input={fitting}_token")
+        bits = "" if grid.format.bits == E4M3.bits else " scheme.input.bits=8"
+        yield Misfit(
+            f"inputs in {grid.format.name} beside such weights", f"quantizer@scheme.input={fitting}_token{bits}"
+        )
     if isinstance(grid.format, IntFormat) and grid.format.bits not in _BITS:
         yield Misfit(f"inputs of {grid.format.bits} bits", "scheme.input.bits=8")
     if grid.rule is None:

@@ -88,10 +88,10 @@ class CompressedTensors(Layout):
         format = scheme.get("format") or config.get("format")
         if format not in _STORES:
             raise InputError(f"{name} is stored as '{format}'. Formats that are read: {', '.join(_STORES)}.")
-        trained = config.get(_TRAINED_SCALES, {}).get(name)
-        extra = {} if trained is None else {nvfp4.TRAINED_SCALE: torch.tensor([[float(trained)]])}
-        leaves = Leaves({**tensors, **extra}, name)
-        weight = _STORES[format].restore(leaves, Arguments.read(scheme.get("weights") or {}, name), dtype)
+        if not scheme.get("weights") or scheme.get("output_activations"):
+            raise InputError(f"{name} is said to have weights in full precision, or quantized outputs: refused.")
+        leaves = Leaves({**tensors, **_trained_scale(config, name)}, name)
+        weight = _STORES[format].restore(leaves, Arguments.read(scheme["weights"], name), dtype)
         said = scheme.get("input_activations")
         input = None if said is None else restored_input(leaves, Arguments.read(said, name), dtype)
         leaves.finish()
@@ -139,6 +139,14 @@ def _trained_scales(layers: Mapping[str, PackedLinear]) -> dict[str, float]:
     return kept
 
 
+def _trained_scale(config: Config, name: str) -> dict[str, Tensor]:
+    """What `_trained_scales` kept of a layer, as if it were one of its tensors."""
+    kept = config.get(_TRAINED_SCALES) or {}
+    if not isinstance(kept, dict) or not isinstance(kept.get(name, 0.0), float):
+        raise InputError(f"config.json is damaged: its {_TRAINED_SCALES} are no numbers by the names of layers.")
+    return {nvfp4.TRAINED_SCALE: torch.tensor([[kept[name]]])} if name in kept else {}
+
+
 def _scheme_of(config: Config, name: str) -> dict[str, Any]:
     """The group of the linear layer `name`: of its own name first, then of a pattern, then of its class.
 
@@ -160,9 +168,12 @@ def _scheme_of(config: Config, name: str) -> dict[str, Any]:
 
 def _matches(name: str, target: str) -> bool:
     """Whether `target` means the linear layer `name`."""
-    if target.startswith("re:"):
+    if not target.startswith("re:"):
+        return target in (name, _LINEAR)
+    try:
         return re.match(target.removeprefix("re:"), name) is not None
-    return target in (name, _LINEAR)
+    except re.error as error:
+        raise InputError(f"config.json names layers by '{target}', which is no pattern: {error}.") from error
 
 
 def _refuse_what_is_no_grid(config: Config) -> None:
