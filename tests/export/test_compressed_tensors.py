@@ -1,5 +1,7 @@
 """Checkpoints of compressed-tensors: what the library computes from them, and back."""
 
+import json
+import shutil
 from functools import partial
 
 import pytest
@@ -112,8 +114,12 @@ def weights_that_differ(model, theirs):
 CASES = [(weight, dtype) for weight in WEIGHTS for dtype in DTYPES if weight != "nvfp4" or dtype == "bfloat16"]
 
 
-@pytest.mark.parametrize(("weight", "dtype"), CASES)
-@pytest.mark.parametrize("name", ["llama, tied", "qwen, with biases"])
+# Every format once for both dtypes, and some beside biases.
+BIASES = [("w4a16, asymmetric", "float32"), ("fp8", "bfloat16"), ("mxfp8", "bfloat16"), ("nvfp4", "bfloat16")]
+OF_MODELS = [("llama, tied", *case) for case in CASES] + [("qwen, with biases", *case) for case in BIASES]
+
+
+@pytest.mark.parametrize(("name", "weight", "dtype"), OF_MODELS)
 def test_what_is_written_is_read_back(name, weight, dtype, target, tmp_path):
     """The same codes and scales in the same dtypes, the same logits, and written again the same bytes."""
     quantizer, format = WEIGHTS[weight]
@@ -125,8 +131,7 @@ def test_what_is_written_is_read_back(name, weight, dtype, target, tmp_path):
     assert same_files(tmp_path / "one", target.write(read, tmp_path / "two"))
 
 
-@pytest.mark.parametrize(("weight", "dtype"), [case for case in CASES if "asymmetric" not in case[0]])
-@pytest.mark.parametrize("name", ["llama, tied", "qwen, with biases"])
+@pytest.mark.parametrize(("name", "weight", "dtype"), [case for case in OF_MODELS if "asymmetric" not in case[1]])
 def test_the_library_computes_the_same(name, weight, dtype, target, tmp_path):
     """Bit by bit: weights and logits, whether it decompresses when the model first runs or when it is loaded."""
     model = converted(name, WEIGHTS[weight][0], DTYPES[dtype])
@@ -381,10 +386,8 @@ FOREIGN = {
 }
 
 
-def written_elsewhere(kind, folder, **config):
+def written_elsewhere(kind, folder):
     """A bfloat16 checkpoint that the library's compressors made, with a config in the style of llm-compressor."""
-    import json
-
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
@@ -418,14 +421,27 @@ def written_elsewhere(kind, folder, **config):
         "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {}, "version": "0.20.1",
     }  # fmt: skip
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization | config}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantization}))
     return folder
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Copies a checkpoint of `written_elsewhere` to a folder."""
+    made = {}
+
+    def copied(kind, folder):
+        if kind not in made:
+            made[kind] = written_elsewhere(kind, tmp_path_factory.mktemp("elsewhere"))
+        return shutil.copytree(made[kind], folder, dirs_exist_ok=True)
+
+    return copied
+
+
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_checkpoints_of_other_tools_are_read(kind, target, tmp_path):
+def test_checkpoints_of_other_tools_are_read(kind, elsewhere, target, tmp_path):
     """To what the library makes of them, bit by bit; and what was read can be written."""
-    folder = written_elsewhere(kind, tmp_path)
+    folder = elsewhere(kind, tmp_path)
     read = target.read(folder)
     theirs = loaded(folder, dequantize="asymmetric" in kind)
     assert weights_that_differ(read, theirs) == []
@@ -439,8 +455,6 @@ def test_checkpoints_of_other_tools_are_read(kind, target, tmp_path):
 
 def altered(folder, tensors=None, layer=LAYER, **config):
     """`folder` with other tensors of `layer` and other entries of its quantization_config; None takes one out."""
-    import json
-
     from safetensors.torch import load_file, save_file
 
     found = load_file(folder / "model.safetensors")
@@ -508,15 +522,15 @@ NO_NUMBERS = torch.full((64, 4), float("nan"), dtype=torch.bfloat16)
         ("mxfp4", {"weight_packed": torch.zeros(64, 3, dtype=torch.uint8)}, {}, "fp4_e2m1 codes do not fill|does not"),
     ],
 )  # fmt: skip
-def test_what_is_damaged_or_contradicts_itself_is_refused(kind, tensors, config, message, target, tmp_path):
-    folder = altered(written_elsewhere(kind, tmp_path), tensors, **config)
+def test_what_is_damaged_or_contradicts_itself_is_refused(kind, tensors, config, message, elsewhere, target, tmp_path):
+    folder = altered(elsewhere(kind, tmp_path), tensors, **config)
     with pytest.raises(InputError, match=message):
         target.read(folder)
 
 
-def test_a_group_of_the_name_goes_before_a_pattern_and_the_class(target, tmp_path):
+def test_a_group_of_the_name_goes_before_a_pattern_and_the_class(elsewhere, target, tmp_path):
     """As in the library, whatever their order."""
-    folder = written_elsewhere("w4a16", tmp_path)
+    folder = elsewhere("w4a16", tmp_path)
     (group,) = quantization(folder)["config_groups"].values()
     wrong = group | {"weights": group["weights"] | {"num_bits": 2}}
     names = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.down_proj", "mlp.up_proj", "mlp.gate_proj")]
@@ -608,6 +622,12 @@ def test_static_caches(grid, dtype, target, tmp_path):
     assert torch.equal(*generated)
 
 
+@pytest.fixture(scope="module")
+def with_cache(tmp_path_factory):
+    model = calibrated("llama, tied", W4, kv=KVCache(STATIC_FP8, STATIC_FP8))
+    return Checkpoint(CompressedTensors()).write(model, tmp_path_factory.mktemp("with_cache") / "one")
+
+
 @pytest.mark.parametrize(
     ("tensors", "scheme", "message"),
     [
@@ -620,9 +640,8 @@ def test_static_caches(grid, dtype, target, tmp_path):
         ({}, {"strategy": "attn_head"}, "keys and values of .* are quantized in a way that is not read"),
     ],
 )
-def test_damaged_caches_are_refused(tensors, scheme, message, target, tmp_path):
-    model = calibrated("llama, tied", W4, kv=KVCache(STATIC_FP8, STATIC_FP8))
-    folder = target.write(model, tmp_path / "one")
+def test_damaged_caches_are_refused(tensors, scheme, message, with_cache, target, tmp_path):
+    folder = shutil.copytree(with_cache, tmp_path / "one")
     whole = quantization(folder)["kv_cache_scheme"]
     config = {"kv_cache_scheme": None if scheme is None else whole | scheme}
     altered(folder, tensors, layer="model.layers.1.self_attn", **config)
@@ -630,8 +649,8 @@ def test_damaged_caches_are_refused(tensors, scheme, message, target, tmp_path):
         target.read(folder)
 
 
-def test_other_folders_are_refused(target, tmp_path):
-    folder = written_elsewhere("w4a16", tmp_path)
+def test_other_folders_are_refused(elsewhere, target, tmp_path):
+    folder = elsewhere("w4a16", tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be read"):
