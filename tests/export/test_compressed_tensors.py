@@ -186,6 +186,14 @@ def test_scales_come_back_in_their_dtype(scale_dtype, target, tmp_path):
     assert same_codes(model, target.read(folder))
 
 
+def test_a_float16_model(target, tmp_path):
+    quantizer = partial(Lsq, bits=4, granularity="per_group_32", scale_dtype="float16")
+    model = converted("llama, tied", quantizer, torch.float16)
+    folder = target.write(model, tmp_path / "checkpoint")
+    assert weights_that_differ(model, loaded(folder)) == []
+    assert same_codes(model, target.read(folder))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", INPUTS)
 def test_inputs_are_read_back(case, dtype, target, tmp_path):
@@ -451,6 +459,16 @@ def test_checkpoints_of_other_tools_are_read(kind, elsewhere, target, tmp_path):
         assert read.get_submodule(LAYER).input_quantizer.rule == "absmax"
     again = target.read(target.write(read, tmp_path / "again"))
     assert same_codes(read, again)
+
+
+def test_zero_points_of_symmetric_layers_say_nothing(elsewhere, target, tmp_path):
+    """As early versions of the library stored them, where all are zero."""
+    expected = target.read(elsewhere("w8a8", tmp_path))
+    altered(tmp_path, {"weight_zero_point": torch.zeros(64, 1, dtype=torch.int8)})
+    assert same_codes(expected, target.read(tmp_path))
+    altered(tmp_path, {"weight_zero_point": torch.ones(64, 1, dtype=torch.int8)})
+    with pytest.raises(InputError, match="has weight_zero_point, which"):
+        target.read(tmp_path)
 
 
 def altered(folder, tensors=None, layer=LAYER, **config):

@@ -46,7 +46,8 @@ class Leaves:
             self._tensors.pop(leaf, None)
 
     def finish(self) -> None:
-        """Refuse what is left."""
+        """Refuse what is left, but zero points of symmetric grids, which early versions of the library stored."""
+        self._tensors = {leaf: tensor for leaf, tensor in self._tensors.items() if not _says_nothing(leaf, tensor)}
         if "weight_g_idx" in self._tensors:
             raise InputError(
                 f"{self.name} has its columns in the order of their activations (weight_g_idx), which no grid here "
@@ -54,3 +55,8 @@ class Leaves:
             )
         if self._tensors:
             raise InputError(f"{self.name} has {min(self._tensors)}, which its config.json does not tell of.")
+
+
+def _says_nothing(leaf: str, tensor: Tensor) -> bool:
+    packed = tensor.dtype == torch.int32  # whose zeros are the lowest code
+    return leaf.endswith("_zero_point") and not packed and not tensor.to(torch.float32).any()
