@@ -5,7 +5,7 @@ the tensors of a quantized layer look is the business of a `Layout`.
 """
 
 import copy
-import shutil
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill, transposed_layers
+from qat.export.consumers import Consumer, NotInstalled, transformers_consumer, versions
 from qat.export.grids import layer_grids
 from qat.export.layouts.base import Config, Layout, Misfit
 from qat.export.targets import Target, refuse
 from qat.export.tensor_files import SHARD_BYTES, Named, TensorFiles, write_tensors
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers
+from qat.nn.packed import dtype_named
 from qat.transforms.kv import restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
 
@@ -75,9 +77,7 @@ class Checkpoint(Target):
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
-            names = write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
-            for name in names:
-                shutil.copymode(temporary / "config.json", temporary / name)
+            write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
         return Path(folder)
 
     def _tensors(self, model: nn.Module, config: Config) -> Named:
@@ -132,6 +132,14 @@ class Checkpoint(Target):
         restore_kv(model, {"window": 0, "layers": described} if described else None)
         for name, kv in found.items():
             _caches(model)[name].load_state_dict(kv.state_dict())
+
+    def consumer(self, folder: Path) -> Consumer:
+        if self.layout.package is None:
+            raise NotInstalled(f"{self.layout.engines} need environments of their own: make test-engines")
+        versions(self.layout.package)
+        whole = json.loads((folder / "config.json").read_text())
+        options = self.layout.loading(whole["quantization_config"], dtype_named(whole["dtype"]))
+        return transformers_consumer(folder, self.layout.package, **options)
 
     def _restore(self, model: nn.Module, name: str, tensors: dict[str, Tensor], config: Config) -> None:
         """Put the packed layer `name` in the place of the linear one."""

@@ -10,6 +10,7 @@ import torch
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
+from qat.export.consumers import NotInstalled
 from qat.export.layouts.compressed_tensors import CompressedTensors, nvfp4
 from qat.export.tensor_files import TensorFiles
 from qat.numerics.formats import FloatFormat
@@ -677,3 +678,21 @@ def test_other_folders_are_refused(elsewhere, target, tmp_path):
     altered(folder, quant_method="gptq")
     with pytest.raises(InputError, match=r"no compressed-tensors checkpoint: the quant_method .* is gptq"):
         target.read(folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["w4a16", "w4a16, asymmetric", "mxfp4"])
+def test_the_engine_that_an_export_is_held_to(case, dtype, target, tmp_path):
+    """transformers, which reads some formats only when it dequantizes them at once."""
+    model = converted("llama, tied", WEIGHTS[case][0], DTYPES[dtype])
+    consumer = target.consumer(target.write(model, tmp_path / "checkpoint"))
+    assert "compressed-tensors 0." in consumer.name
+    assert torch.equal(consumer.logits(token_ids()), logits(model, token_ids()))
+
+
+def test_transformers_is_not_asked_for_what_it_dequantizes_wrongly(target, tmp_path):
+    """It would take the first group for all layers."""
+    rules = {"down": qat.Rule("*.down_proj", weight=W8)}
+    model = converted("llama, tied", W4_ASYMMETRIC, rules=rules)
+    with pytest.raises(NotInstalled, match="vLLM and SGLang"):
+        target.consumer(target.write(model, tmp_path / "checkpoint"))

@@ -78,12 +78,16 @@ class Layout(ABC):
         title: what people call it.
         holds_transposed: whether it takes layers that transformers stores transposed (GPT-2's Conv1D).
         cache: of keys and values, where it has a place for them.
+        package: with which transformers loads such a checkpoint; None where only other engines do.
+        engines: those, and where they are tried.
     """
 
     method: ClassVar[str]
     title: ClassVar[str]
     holds_transposed: ClassVar[bool] = True
     cache: ClassVar[CacheLayout | None] = None
+    package: ClassVar[str | None] = None
+    engines: ClassVar[str] = ""
 
     @abstractmethod
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
@@ -104,6 +108,14 @@ class Layout(ABC):
     @abstractmethod
     def is_quantized(self, names: set[str]) -> bool:
         """Whether a layer that has tensors of these names is quantized."""
+
+    def loading(self, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+        """The options with which transformers loads a checkpoint, whose model is in `dtype`.
+
+        Raises:
+            NotInstalled: where it computes something else, and another engine is to be asked.
+        """
+        return {}
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> StoredLinear:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import InputError
+from qat.export.consumers import NotInstalled
 from qat.export.grids import LayerGrid, WeightGrid
 from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, common_misfits
 from qat.export.layouts.compressed_tensors import nvfp4
@@ -45,6 +46,8 @@ class CompressedTensors(Layout):
     title = "compressed-tensors"
     holds_transposed = False
     cache = StaticCache()
+    package = "compressed-tensors"
+    engines = "vLLM and SGLang"
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
         yield from common_misfits(grid)
@@ -82,6 +85,20 @@ class CompressedTensors(Layout):
     def is_quantized(self, names: set[str]) -> bool:
         return not names.isdisjoint(("weight_packed", "weight_scale"))
 
+    def loading(self, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+        from transformers import CompressedTensorsConfig
+
+        groups = config["config_groups"].values()
+        if not any(_only_dequantized(group, dtype) for group in groups):
+            return {}
+        if len(groups) > 1 or config["kv_cache_scheme"]:
+            # Dequantizing takes the first group for all layers, and quantizes no cache.
+            raise NotInstalled(
+                "transformers reads packed zero points, and microscaling in float32, only where all layers are alike: "
+                f"{self.engines} read the others"
+            )
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
     def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> StoredLinear:
         _refuse_what_is_no_grid(config)
         scheme = _scheme_of(config, name)
@@ -96,6 +113,17 @@ class CompressedTensors(Layout):
         input = None if said is None else restored_input(leaves, Arguments.read(said, name), dtype)
         leaves.finish()
         return StoredLinear(weight, input)
+
+
+def _only_dequantized(group: Config, dtype: torch.dtype) -> bool:
+    """Whether transformers 5.23 with compressed-tensors 0.20.1 reads a group by `dequantize=True` only.
+
+    On the meta device the library makes room for zero points that are not packed; and it multiplies microscaling in
+    bfloat16.
+    """
+    if group["format"] == PackQuantized.format:
+        return not group["weights"]["symmetric"]
+    return dtype == torch.float32 and group["format"] in {store.format for store in _MICROSCALING.values()}
 
 
 def _store(weight: WeightGrid, quantized_input: bool) -> Store:
