@@ -15,6 +15,7 @@ from qat.export.grids import layer_grids
 from qat.export.parity import Parity, check_consumer, check_logits, check_stored, parity
 from qat.export.targets import Target
 from qat.nn import PackedTensor
+from qat.nn.kv_quantizer import kv_layers
 from qat.transforms import quantizes_weights
 
 # As many tokens are compared: their logits of a large vocabulary take a gigabyte.
@@ -70,7 +71,8 @@ def _engine(target: Target, folder: Path, model: nn.Module, probe: Probe) -> dic
     if consumer is None:
         return {"name": None, "not checked": "this project's own loader is the engine"}
     found: Parity = parity(probe.trained, consumer.logits(probe.ids), probe.ids)
-    same = target.exact_engine and all(grid.input is None for grid in layer_grids(model).values())
+    plain = all(grid.input is None for grid in layer_grids(model).values()) and next(kv_layers(model), None) is None
+    same = target.exact_engine and plain
     check_consumer(found, consumer.name, same, target.most_kl)
     return {"name": consumer.name} | found._asdict()
 

@@ -5,6 +5,7 @@ the tensors of a quantized layer look is the business of a `Layout`.
 """
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill, transposed_layers
-from qat.export.consumers import Consumer, NotInstalled, transformers_consumer
+from qat.export.consumers import Consumer, NotInstalled, transformers_consumer, versions
 from qat.export.grids import layer_grids
 from qat.export.layouts.base import Config, Layout, Misfit
 from qat.export.targets import Target, refuse
 from qat.export.tensor_files import SHARD_BYTES, Named, TensorFiles, write_tensors
-from qat.nn import PackedLinear, PackedTensor
-from qat.nn.kv_quantizer import kv_layers
+from qat.nn import PackedLinear, PackedTensor, StoredActivation
+from qat.nn.kv_quantizer import KVQuantizer, kv_layers
+from qat.nn.packed import dtype_named
+from qat.transforms.kv import restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
 
 
@@ -42,10 +45,13 @@ class Checkpoint(Target):
 
     def check(self, model: nn.Module) -> None:
         grids = layer_grids(model)
-        if any(True for _ in kv_layers(model)):
-            raise InputError(f"{self.title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
         if not grids:
             raise InputError(f"{self.title} stores quantized layers, and the scheme has none: choose scheme=w4.")
+        for name, kv in _caches(model).items():
+            if self.layout.cache is None:
+                raise InputError(f"{self.title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
+            (weight, *_) = next(iter(grids.values())).weights.values()
+            refuse(self.title, f"the KV cache of {name}", self.layout.cache.misfits(kv, weight.dtype))
         transposed = set() if self.layout.holds_transposed else transposed_layers(model)
         for name, grid in grids.items():
             refuse(self.title, name, self.layout.misfits(grid))
@@ -62,6 +68,8 @@ class Checkpoint(Target):
             )
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         quantization = self.layout.config(layers, _plain(model))
+        if self.layout.cache is not None and (caches := _caches(model)):
+            quantization |= self.layout.cache.config(caches)
         with replaced_folder(folder) as temporary:
             config: Any = copy.deepcopy(model.config)
             config.quantization_config = quantization
@@ -80,6 +88,10 @@ class Checkpoint(Target):
         seen: set[int] = set()
         transposed = transposed_layers(model)
         for name, module in _plain_and_packed(model):
+            if isinstance(module, KVQuantizer) and self.layout.cache is not None:
+                for leaf, tensor in self.layout.cache.tensors(module, _dtype(model)):
+                    yield f"{name.rpartition('.')[0]}.{leaf}", tensor
+                continue
             if not isinstance(module, PackedLinear):
                 yield from _own_tensors(name, module, name in transposed, seen)
                 continue
@@ -93,23 +105,42 @@ class Checkpoint(Target):
         recover(folder)
         files = TensorFiles(folder)
         model, config = empty_model(folder, trust_remote_code)
-        method = (config or {}).get("quant_method")
-        if method != self.layout.method:
-            raise InputError(
-                f"{folder} is no {self.title} checkpoint: the quant_method of its config.json is {method}."
-            )
+        if not self.layout.wrote(config):
+            method = config.get("quant_method")
+            raise InputError(f"{folder} is no {self.title} checkpoint: its config.json has the quant_method {method}.")
         transposed = transposed_layers(model)
         conv1d_to_linear(model)
         for name, leaves in self._leaves(files).items():
             if self.layout.is_quantized(leaves):
                 self._restore(model, name, {leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config)
+        self._restore_caches(model, files, config)
         fill(model, files, transposed)
         return model.eval()
+
+    def _restore_caches(self, model: nn.Module, files: TensorFiles, config: Config) -> None:
+        """Put the stored grids of keys and values into the attention layers."""
+        cache = self.layout.cache
+        if cache is None:
+            return
+        stored = {name: leaves for name, leaves in self._leaves(files).items() if cache.is_quantized(leaves)}
+        if bool(stored) != cache.is_said(config):
+            raise InputError(f"{files.folder}: tensors and config.json do not agree on whether its cache is quantized.")
+        found = {
+            name: cache.restore({leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config, name, _dtype(model))
+            for name, leaves in stored.items()
+        }
+        described = {name: _roles(kv) for name, kv in found.items()}
+        restore_kv(model, {"window": 0, "layers": described} if described else None)
+        for name, kv in found.items():
+            _caches(model)[name].load_state_dict(kv.state_dict())
 
     def consumer(self, folder: Path) -> Consumer:
         if self.layout.package is None:
             raise NotInstalled(f"{self.layout.engines} need environments of their own: make test-engines")
-        return transformers_consumer(folder, self.layout.package)
+        versions(self.layout.package)
+        whole = json.loads((folder / "config.json").read_text())
+        options = self.layout.loading(whole["quantization_config"], dtype_named(whole["dtype"]))
+        return transformers_consumer(folder, self.layout.package, **options)
 
     def _leaves(self, files: TensorFiles) -> dict[str, set[str]]:
         """The names of the tensors of every module, without its own."""
@@ -144,9 +175,20 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(packed)
 
 
+def _caches(model: nn.Module) -> dict[str, KVQuantizer]:
+    """The quantizers of keys and values of each attention layer, by its name."""
+    return {name: kv for name, _, kv in kv_layers(model)}
+
+
+def _roles(kv: KVQuantizer) -> dict[str, Any]:
+    """What `restore_kv` installs `kv` from."""
+    roles = {"key": kv.key_quantizer, "value": kv.value_quantizer}
+    return {role: x.description for role, x in roles.items() if isinstance(x, StoredActivation)}
+
+
 def _plain_and_packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module but those within a packed layer."""
-    packed = [f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    """Every module but those within a packed layer, or within the quantizers of a cache."""
+    packed = [f"{name}." for name, module in model.named_modules() if isinstance(module, PackedLinear | KVQuantizer)]
     for name, module in model.named_modules():
         if not name.startswith(tuple(packed)):
             yield name, module

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
-from qat.export.layouts import Awq, BitsAndBytes, Gptq, LlmInt8, ModelOpt
+from qat.export.layouts import Awq, BitsAndBytes, CompressedTensors, Gptq, LlmInt8, ModelOpt
 from qat.export.native import Native
 from qat.export.targets import Target
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, TableQuantizer
@@ -34,6 +34,7 @@ TARGETS: dict[str, tuple[Target, Any, Any]] = {
     "native": (Native(), INT4, None),
     "gptq": (Checkpoint(Gptq()), INT4, None),
     "awq": (Checkpoint(Awq()), INT4, None),
+    "compressed_tensors": (Checkpoint(CompressedTensors()), INT4, None),
     "bitsandbytes": (Checkpoint(BitsAndBytes()), NF4, None),
     "llm_int8": (Checkpoint(LlmInt8()), INT8, TOKEN),
     "modelopt": (Checkpoint(ModelOpt()), FP8, FP8_TOKEN),

@@ -10,6 +10,7 @@ import qat
 from lightning_modules.models import load_hf
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
+from qat.export.layouts.compressed_tensors import CompressedTensors
 from qat.export.layouts.gptq import Gptq
 from qat.export.native import Native
 from qat.nn import PackedLayer
@@ -19,7 +20,11 @@ from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.export.exported import converted, logits, token_ids
 
 INT4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
-TARGETS = {"native": Native(), "gptq": Checkpoint(Gptq())}
+TARGETS = {
+    "native": Native(),
+    "gptq": Checkpoint(Gptq()),
+    "compressed_tensors": Checkpoint(CompressedTensors()),
+}
 
 
 @pytest.fixture(params=TARGETS)

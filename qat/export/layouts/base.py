@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qat.export.grids import LayerGrid, WeightGrid
 from qat.nn import PackedLinear, StoredActivation
+from qat.nn.kv_quantizer import KVQuantizer
 from qat.numerics.formats import IntFormat
 from qat.numerics.qtensor import QuantizedTensor
 
@@ -30,6 +31,42 @@ class StoredLinear(NamedTuple):
     input: StoredActivation | None = None
 
 
+class CacheLayout(ABC):
+    """How one family of engines stores the grids of keys and values."""
+
+    @abstractmethod
+    def misfits(self, kv: KVQuantizer, dtype: torch.dtype) -> Iterator[Misfit]:
+        """Everything that keeps the cache of one attention layer, in a model of `dtype`, from being stored."""
+
+    @abstractmethod
+    def config(self, layers: Mapping[str, KVQuantizer]) -> Config:
+        """What `quantization_config` says of the attention `layers`.
+
+        Raises:
+            InputError: if the layers differ in what is said once for all.
+        """
+
+    @abstractmethod
+    def tensors(self, kv: KVQuantizer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of an attention layer, named without its name."""
+
+    @abstractmethod
+    def is_said(self, config: Config) -> bool:
+        """Whether `quantization_config` says that caches are quantized."""
+
+    @abstractmethod
+    def is_quantized(self, names: set[str]) -> bool:
+        """Whether an attention layer that has tensors of these names has a quantized cache."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> KVQuantizer:
+        """The inverse of `tensors`; arguments as for `Layout.restore`.
+
+        Raises:
+            InputError: if they are not what the layout and `config` say.
+        """
+
+
 class Layout(ABC):
     """How one family of engines stores quantized linear layers in safetensors.
 
@@ -40,6 +77,7 @@ class Layout(ABC):
         method: the `quant_method` that `config.json` names; by this a checkpoint is recognised.
         title: what people call it.
         holds_transposed: whether it takes layers that transformers stores transposed (GPT-2's Conv1D).
+        cache: of keys and values, where it has a place for them.
         package: with which transformers loads such a checkpoint; None where only other engines do.
         engines: those.
         exact_engine: whether the engine multiplies the very values, so that only its sums may run in another order.
@@ -48,6 +86,7 @@ class Layout(ABC):
     method: ClassVar[str]
     title: ClassVar[str]
     holds_transposed: ClassVar[bool] = True
+    cache: ClassVar[CacheLayout | None] = None
     package: ClassVar[str | None] = None
     engines: ClassVar[str] = ""
     exact_engine: ClassVar[bool] = True
@@ -94,6 +133,14 @@ class Layout(ABC):
     @abstractmethod
     def is_quantized(self, names: set[str]) -> bool:
         """Whether a layer that has tensors of these names is quantized."""
+
+    def loading(self, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+        """The options with which transformers loads a checkpoint, whose model is in `dtype`.
+
+        Raises:
+            NotInstalled: where it computes something else, and another engine is to be asked.
+        """
+        return {}
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], config: Config, name: str, dtype: torch.dtype) -> StoredLinear:
