@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat.export.grids import ActivationGrid
 from qat.export.layouts.base import Misfit
-from qat.export.onnx.tensors import numbers_to_onnx, to_onnx
+from qat.export.onnx.tensors import constant_of, numbers_to_onnx, to_onnx
 from qat.nn import StoredActivation
 from qat.numerics.dynamic import DYNAMIC_RULES
 from qat.numerics.formats import FloatFormat, Format, IntFormat
@@ -98,40 +98,31 @@ class DynamicActivation(nn.Module):
         return stored.granularity.unview(unscale(v_hat, params), x.shape).to(x.dtype)
 
 
-def static_nodes(name: str, stored: StoredActivation, x: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The nodes that quantize and dequantize the float32 `x`, the last of which gives the result, and their constants.
-
-    Args:
-        name: of `stored`, by which the constants are called.
-    """
+def static_nodes(name: str, stored: StoredActivation, x: ir.Value) -> list[ir.Node]:
+    """The nodes whose last one gives `stored` of the float32 `x`; `name`, its own, names their constants."""
     own, zero_point = stored.qparams(torch.empty(0))[:2]
     dtype = _number(stored.format)
-    assert isinstance(own, Tensor) and dtype is not None  # or the activation was refused
-    scale = _constant(_scalar(own), f"{name}.scale")
+    assert isinstance(own, Tensor)
+    assert dtype is not None  # or the activation was refused
+    scale = _scalar(own, f"{name}.scale")
     zero = _number_constant(0 if zero_point is None else int(zero_point), dtype, f"{name}.zero_point")
     if zero_point is None:
         quantize = ir.node("QuantizeLinear", [x, scale, zero])
-        return [quantize, ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])], [scale, zero]
-    shift = _constant(_scalar(zero_point), f"{name}.shift")
-    one, none = _constant(torch.ones(()), f"{name}.one"), _number_constant(0, dtype, f"{name}.none")
+        return [quantize, ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])]
+    shift = _scalar(zero_point, f"{name}.shift")
+    one, none = _scalar(torch.ones(()), f"{name}.one"), _number_constant(0, dtype, f"{name}.none")
     divide = ir.node("Div", [x, scale])
     add = ir.node("Add", [divide.outputs[0], shift])
     quantize = ir.node("QuantizeLinear", [add.outputs[0], one, none])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
-    return [divide, add, quantize, dequantize], [scale, zero, shift, one, none]
+    return [divide, add, quantize, dequantize]
 
 
-def _scalar(field: Tensor) -> Tensor:
-    return field.to(torch.float32).reshape(())
-
-
-def _constant(value: Tensor, name: str) -> ir.Value:
-    tensor = to_onnx(value, name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+def _scalar(field: Tensor, name: str) -> ir.Value:
+    return constant_of(to_onnx(field.to(torch.float32).reshape(()), name))
 
 
 def _number_constant(number: int, dtype: ir.DataType, name: str) -> ir.Value:
     """A scalar of `dtype`; its type is that of the codes that QuantizeLinear gives."""
     pattern = torch.tensor(number, dtype=torch.uint8)
-    tensor = numbers_to_onnx(lambda: pattern, dtype, (), name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    return constant_of(numbers_to_onnx(lambda: pattern, dtype, (), name))

@@ -85,8 +85,9 @@ class OnnxFile:
     def _check_place(self, name: str, tensor: ir.ExternalTensor) -> None:
         if str(tensor.location) != DATA:
             raise InputError(f"{name} lies in {str(tensor.location)!r}, not in {DATA}: refused.")
-        path, end = self.folder / DATA, (tensor.offset or 0) + tensor.nbytes
-        if not path.is_file() or path.stat().st_size < end or tensor.length not in (None, tensor.nbytes):
+        path, first = self.folder / DATA, tensor.offset or 0
+        size = path.stat().st_size if path.is_file() else 0
+        if not 0 <= first <= size - tensor.nbytes or tensor.length not in (None, tensor.nbytes):
             raise InputError(f"{path} lacks the bytes of {name}: it is cut short. Export the run again.")
 
 

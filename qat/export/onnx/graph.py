@@ -5,21 +5,22 @@ machine among it, is left out, so that the same model gives the same bytes.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import RemoveUnusedOpsetsPass
-from onnxscript import optimizer
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants
 from torch import nn
 
 from qat.errors import InputError
 from qat.export.onnx.activations import ACTIVATION, static_nodes
-from qat.export.onnx.tensors import ONNX_DTYPES
+from qat.export.onnx.tensors import constant_of, to_onnx
 from qat.export.onnx.twin import WEIGHT, TracedModel
-from qat.export.onnx.weights import weight_node
+from qat.export.onnx.weights import weight_nodes
+from qat.nn import PackedTensor, StoredActivation
 
 # What is traced: sizes of one would be taken for constants.
 _BATCH, _LENGTH = 2, 8
@@ -34,9 +35,10 @@ def to_graph(model: nn.Module, opset: int) -> ir.Model:
     graph = _trace(model, opset)
     names = _names(model)
     with _as_inputs(graph.graph, set(names)):
-        optimizer.optimize_ir(graph)
+        simplify(graph)
     for name, value in list(graph.graph.initializers.items()):
         value.name = names.get(name, name)
+    _add_unused(graph.graph, model, names)
     for node in list(graph.graph):
         _fill(graph.graph, node, model, opset)
     return _cleaned(graph)
@@ -79,6 +81,21 @@ def _names(model: nn.Module) -> dict[str, str]:
     return names
 
 
+def simplify(graph: ir.Model) -> None:
+    """Compute what is constant, and only that.
+
+    The optimizer of onnxscript also drops factors that are almost one, and with them the rounding of our scales.
+    """
+    common.InlinePass()(graph)
+    fold_constants(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    common.DeduplicateInitializersPass()(graph)
+    common.CommonSubexpressionEliminationPass()(graph)
+    common.OutputFixPass()(graph)
+    common.NameFixPass()(graph)
+
+
 @contextmanager
 def _as_inputs(graph: ir.Graph, names: set[str]) -> Iterator[None]:
     """Hold the initializers `names` for inputs, which no optimizer transposes, merges or drops by what they hold."""
@@ -97,46 +114,53 @@ def _as_inputs(graph: ir.Graph, names: set[str]) -> Iterator[None]:
         graph.register_initializer(value)
 
 
+def _add_unused(graph: ir.Graph, model: nn.Module, names: Mapping[str, str]) -> None:
+    """Keep what the model stores and the graph does not need, so that the file holds all of it."""
+    quantized = [
+        f"{name}." for name, module in model.named_modules() if isinstance(module, PackedTensor | StoredActivation)
+    ]
+    for name, tensor in model.state_dict().items():
+        own = not name.startswith(tuple(quantized))
+        if own and names[f"model.{name}"] == name and name not in graph.initializers:
+            graph.register_initializer(constant_of(to_onnx(tensor, name)))
+
+
 def _fill(graph: ir.Graph, node: ir.Node, model: nn.Module, opset: int) -> None:
     """Put the nodes that a placeholder stands for in its place."""
     kind = f"{node.domain}::{node.op_type}"
     if kind == WEIGHT:
         name = node.attributes["weight"].as_string()
-        nodes, constants = _dequantized(name, model, opset)
+        packed: Any = model.get_submodule(name)
+        nodes = weight_nodes(name, packed, opset)
     elif kind == ACTIVATION:
         name = node.attributes["quantizer"].as_string()
         stored: Any = model.get_submodule(name)
         x: Any = node.inputs[0]
-        nodes, constants = static_nodes(name, stored, x)
+        nodes = static_nodes(name, stored, x)
     else:
         return
-    for constant in constants:
-        if constant.name not in graph.initializers:
-            graph.register_initializer(constant)
+    for place, added in enumerate(nodes):
+        added.name = f"{name}.{place}.{added.op_type}"
+        _share_constants(graph, added)
     result = nodes[-1].outputs[0]
     result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
-    for place, added in enumerate(nodes):
-        added.name = added.outputs[0].name = f"{name}.{place}.{added.op_type}"
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [result])
 
 
-def _dequantized(name: str, model: nn.Module, opset: int) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The nodes that give the weight `name`, and their constants."""
-    packed: Any = model.get_submodule(name)
-    node = weight_node(name, packed, opset)
-    inputs = [
-        ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t)
-        for t in (node.codes, node.scale, node.zero_point)
-        if t is not None
-    ]
-    nodes = [ir.node("DequantizeLinear", inputs, node.attributes)]
-    if node.dtype != packed.dtype:
-        nodes.append(ir.node("Cast", nodes[0].outputs, {"to": ONNX_DTYPES[packed.dtype].value}))
-    return nodes, inputs
+def _share_constants(graph: ir.Graph, node: ir.Node) -> None:
+    """Make the constants of a new node initializers; those of a layer that is called again are there already."""
+    for place, value in enumerate(node.inputs):
+        if value is None or value.const_value is None:
+            continue
+        known = graph.initializers.get(str(value.name))
+        if known is None:
+            graph.register_initializer(value)
+        elif known is not value:
+            node.replace_input_with(place, known)
 
 
 def _cleaned(graph: ir.Model) -> ir.Model:
-    RemoveUnusedOpsetsPass()(graph)
+    common.RemoveUnusedOpsetsPass()(graph)
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()
     graph.doc_string = graph.graph.doc_string = None

@@ -65,3 +65,9 @@ def numbers_to_torch(tensor: ir.TensorProtocol) -> Tensor:
         return flat.reshape(shape)
     whole = torch.nn.functional.pad(flat, (0, -len(flat) % bits))
     return unpack(whole, IntFormat(bits, signed=False), shape)
+
+
+def constant_of(tensor: ir.TensorProtocol) -> ir.Value:
+    """The value of a graph that `tensor` is, called as it is."""
+    shape = ir.Shape(list(tensor.shape.numpy()))
+    return ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

@@ -5,7 +5,7 @@ codes want them. Scales are then of shape `[]`, `[out]` (axis 1) or `[in / block
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,10 +15,17 @@ from qat.errors import InputError
 from qat.export.grids import WeightGrid
 from qat.export.layouts.base import Misfit, group_misfits
 from qat.export.onnx.stored import stored_codes
-from qat.export.onnx.tensors import ONNX_DTYPES, numbers_to_onnx, numbers_to_torch, to_torch, values_to_onnx
+from qat.export.onnx.tensors import (
+    ONNX_DTYPES,
+    constant_of,
+    numbers_to_onnx,
+    numbers_to_torch,
+    to_torch,
+    values_to_onnx,
+)
 from qat.nn import PackedTensor
 from qat.nn.packed import describe, dtype_named
-from qat.numerics.formats import FloatFormat, parse_format
+from qat.numerics.formats import CodebookFormat, FloatFormat, Format, parse_format
 from qat.numerics.granularity import Granularity, PerBlock, PerTensor, parse_granularity
 from qat.numerics.qtensor import QParams, QuantizedTensor, codes_shape
 
@@ -29,8 +36,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def weight_misfits(grid: WeightGrid, opset: int) -> Iterator[Misfit]:
     """Everything that keeps a weight of this grid from being a DequantizeLinear node."""
     if stored_codes(grid.format, opset) is None:
-        mend = "quantizer@scheme.weight=" + ("fp8" if isinstance(grid.format, FloatFormat) else "lsq")
-        yield Misfit(f"{grid.format.name} codes", f"{mend} scheme.weight.bits={8 if 'fp8' in mend else 4}")
+        yield Misfit(f"{grid.format.name} codes", _nearest(grid.format))
     if isinstance(grid.scale, WeightGrid):
         yield Misfit("scales that are quantized themselves", "scheme.weight.double_quant=false")
     if grid.offset:
@@ -42,24 +48,17 @@ def weight_misfits(grid: WeightGrid, opset: int) -> Iterator[Misfit]:
         yield Misfit(f"values in {str(grid.dtype).removeprefix('torch.')}", "model.dtype=float32")
 
 
-class WeightNode(NamedTuple):
-    """What a DequantizeLinear node is made of.
-
-    Attributes:
-        codes, scale, zero_point: its inputs, named after the layer.
-        attributes: its own.
-        dtype: of what it gives, and of the scale; the weight's, or float32, which is then cast to it.
-    """
-
-    codes: ir.LazyTensor
-    scale: ir.LazyTensor
-    zero_point: ir.LazyTensor | None
-    attributes: dict[str, int]
-    dtype: torch.dtype
+def _nearest(format: Format) -> str:
+    """The options of the nearest grid that ONNX has a type for."""
+    if isinstance(format, FloatFormat) and format.bits > 4:
+        return "quantizer@scheme.weight=fp8 scheme.weight.bits=8"
+    if isinstance(format, CodebookFormat) and format.entries == 3:
+        return "quantizer@scheme.weight=ternary_lsq"
+    return f"quantizer@scheme.weight=lsq scheme.weight.bits={max(2, format.bits // format.block)}"
 
 
-def weight_node(name: str, weight: PackedTensor, opset: int) -> WeightNode:
-    """The node of the weight called `name`."""
+def weight_nodes(name: str, weight: PackedTensor, opset: int) -> list[ir.Node]:
+    """The nodes whose last one gives the weight called `name` as `[in, out]`; it names their constants."""
     q = weight.without_codes()
     stored = stored_codes(q.format, opset)
     assert stored is not None  # or the weight was refused
@@ -80,17 +79,20 @@ def weight_node(name: str, weight: PackedTensor, opset: int) -> WeightNode:
         return stored.numbers(_laid_out(zero_point, q.granularity, rows))
 
     shape = _laid_out(own.to("meta"), q.granularity, rows).shape
-    return WeightNode(
+    inputs = [
         numbers_to_onnx(codes, stored.dtype, (columns, rows), f"{name}.codes"),
         values_to_onnx(scale, dtype, shape, f"{name}.scale"),
-        None if zero_point is None else numbers_to_onnx(zero, stored.dtype, shape, f"{name}.zero_point"),
-        _attributes(shape, columns),
-        dtype,
-    )
+    ]
+    if zero_point is not None:
+        inputs.append(numbers_to_onnx(zero, stored.dtype, shape, f"{name}.zero_point"))
+    nodes = [ir.node("DequantizeLinear", [constant_of(t) for t in inputs], _attributes(shape, columns))]
+    if dtype != q.dtype:
+        nodes.append(ir.node("Cast", nodes[0].outputs, {"to": ONNX_DTYPES[q.dtype].value}))
+    return nodes
 
 
 def read_weight(name: str, stored_tensor: StoredTensor, described: Any, opset: int) -> QuantizedTensor:
-    """The inverse of `weight_node`.
+    """The inverse of `weight_nodes`.
 
     Args:
         stored_tensor: gives each by its name.
