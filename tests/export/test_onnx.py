@@ -492,7 +492,7 @@ def renamed(file):
         (configured(num_hidden_layers=3), "lacks .* of the model's tensors"),
         (configured(vocab_size=97), "config.json says"),
         (edited(elsewhere), "not in model.onnx.data: refused"),
-        (edited(before_the_file), "cut short"),
+        (edited(before_the_file), "is damaged"),
         (edited(renamed), "lacks 1 of the model's tensors, model.norm.weight"),
         (edited(lambda file: file.metadata_props.pop()), "something else"),
         (edited(lambda file: setattr(file.metadata_props[0], "value", "[1]")), "is damaged"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat.export.grids import ActivationGrid
 from qat.export.layouts.base import Misfit
+from qat.export.onnx.stored import OLDEST_OPSET, stored_codes
 from qat.export.onnx.tensors import constant_of, numbers_to_onnx, to_onnx
 from qat.nn import StoredActivation
 from qat.numerics.dynamic import DYNAMIC_RULES
@@ -24,13 +25,7 @@ from qat.numerics.qtensor import scale_down, unscale
 
 ACTIVATION = "qat::Activation"
 _RULES = ("absmax", "minmax")
-_INTEGERS = {
-    IntFormat(8): ir.DataType.INT8,
-    IntFormat(4): ir.DataType.INT4,
-    IntFormat(8, signed=False): ir.DataType.UINT8,
-    IntFormat(4, signed=False): ir.DataType.UINT4,
-}
-_FLOATS = {torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN, torch.float8_e5m2: ir.DataType.FLOAT8E5M2}
+_WIDTHS = (4, 8)
 
 
 def activation_misfits(role: str, grid: ActivationGrid) -> Iterator[Misfit]:
@@ -59,8 +54,11 @@ def _dynamic_misfits(role: str, grid: ActivationGrid) -> Iterator[Misfit]:
 
 
 def _number(format: Format) -> ir.DataType | None:
-    """The type that QuantizeLinear gives for `format`."""
-    return _FLOATS.get(format.native) if isinstance(format, FloatFormat) else _INTEGERS.get(format)  # type: ignore
+    """The type that QuantizeLinear gives for `format`; its integers end where the type does."""
+    if not isinstance(format, FloatFormat) and not (isinstance(format, IntFormat) and format.bits in _WIDTHS):
+        return None
+    stored = stored_codes(format, OLDEST_OPSET)
+    return None if stored is None else stored.dtype
 
 
 class StaticActivation(nn.Module):

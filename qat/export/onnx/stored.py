@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qat.numerics.formats import FloatFormat, Format, IntFormat, LevelFormat
 
-# The opset that brought integers of 2 bits.
+# The first opset with integers of 4 bits and with scales for blocks, and the first one with integers of 2 bits.
+OLDEST_OPSET = 21
 _OPSET_OF_INT2 = 25
 _FLOATS = {torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN, torch.float8_e5m2: ir.DataType.FLOAT8E5M2}
 

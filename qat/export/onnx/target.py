@@ -20,16 +20,17 @@ from qat.nn.kv_quantizer import kv_layers
 from qat.transforms.layers import conv1d_to_linear, replace
 
 _PACKAGES = ("onnx", "onnxscript")
-# The first one with integers of 4 bits and scales for blocks.
-_OLDEST_OPSET = 21
-_NEWEST_OPSET = 25
+# 21 is the first with integers of 4 bits and scales for blocks; ONNX Runtime 1.32 was tested up to 25.
+_OLDEST_OPSET, _NEWEST_OPSET = 21, 25
 
 
 class Onnx(Target):
     """`model.onnx` from token ids and attention mask `[batch, sequence]` to logits, without a cache.
 
     Weights are codes behind DequantizeLinear, activations pass through QuantizeLinear where their scales are static.
-    The folder holds `config.json`, the generation settings and the tokenizer too.
+    The folder holds `config.json`, the generation settings and the tokenizer too. The graph computes in the model's dtype;
+    of bfloat16 ONNX Runtime has no kernels on a CPU. For weights of 4 bits in groups it rounds activations to 8 bits of
+    its own accord, unless `session.qdq_matmulnbits_accuracy_level` is 1.
 
     Args:
         opset: version of ONNX's operators. Under 25 codes of 2 bits are stored as integers of 4.
