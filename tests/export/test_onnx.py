@@ -176,6 +176,20 @@ def test_it_says_what_it_is(written):
     assert bytes(((flat[::2] & 15) | (flat[1::2] & 15) << 4).to(torch.uint8).tolist()) in data
 
 
+def test_a_block_that_is_called_again_is_stored_once_and_what_is_unused_is_kept(tmp_path):
+    model = converted("gpt2", INT4, input=STATIC)
+    model.transformer.h.append(model.transformer.h[0])
+    model.config.num_hidden_layers = 2
+    model.register_buffer("unused", torch.arange(3.0))
+    folder = Onnx().write(model, tmp_path / "model")
+    names = [tensor.name for tensor in onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer]
+    assert len([name for name in names if name.endswith("weight.codes")]) == 4
+    assert "unused" in names
+    ids = token_ids()
+    ours, theirs = logits(model, ids), onnx_logits(folder, ids, torch.ones_like(ids))
+    assert (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max()
+
+
 def test_the_default_of_onnxruntime_rounds_activations_beside_4_bits(written):
     """Why the tests, and whoever wants what was trained, set accuracy level 1."""
     model, folder = written("llama int4")

@@ -160,6 +160,7 @@ def _share_constants(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _cleaned(graph: ir.Model) -> ir.Model:
+    common.NameFixPass()(graph)  # of the nodes of a layer that is called again
     common.RemoveUnusedOpsetsPass()(graph)
     graph.metadata_props.clear()
     graph.graph.metadata_props.clear()

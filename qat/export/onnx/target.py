@@ -28,9 +28,9 @@ class Onnx(Target):
     """`model.onnx` from token ids and attention mask `[batch, sequence]` to logits, without a cache.
 
     Weights are codes behind DequantizeLinear, activations pass through QuantizeLinear where their scales are static.
-    The folder holds `config.json`, the generation settings and the tokenizer too. The graph computes in the model's dtype;
-    of bfloat16 ONNX Runtime has no kernels on a CPU. For weights of 4 bits in groups it rounds activations to 8 bits of
-    its own accord, unless `session.qdq_matmulnbits_accuracy_level` is 1.
+    The folder holds `config.json`, the generation settings and the tokenizer too. The graph computes in the model's
+    dtype; for bfloat16 ONNX Runtime has no kernels on a CPU. Beside weights of 4 bits in groups it rounds activations
+    to 8 bits of its own accord, unless the session's `session.qdq_matmulnbits_accuracy_level` is 1.
 
     Args:
         opset: version of ONNX's operators. Under 25 codes of 2 bits are stored as integers of 4.
