@@ -11,7 +11,7 @@ import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
 from qat.export.consumers import NotInstalled
-from qat.export.layouts.compressed_tensors import CompressedTensors, nvfp4
+from qat.export.layouts.compressed_tensors import CompressedTensors, ints, nvfp4
 from qat.export.tensor_files import TensorFiles
 from qat.numerics.formats import FloatFormat
 from qat.numerics.granularity import PerGroup, PerTensor
@@ -175,6 +175,16 @@ def test_every_width_is_packed_as_the_library_packs(bits, symmetric, target, tmp
     for leaf, tensor in compressor.compress(given, QuantizationScheme.model_validate(group)).items():
         assert torch.equal(files[f"{LAYER}.{leaf}"], tensor)
         assert files[f"{LAYER}.{leaf}"].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_rows_that_do_not_fill_words(bits):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes = torch.randint(0, 2**bits, (5, 41), dtype=torch.uint8)
+    packed = ints._pack(codes, bits)
+    assert torch.equal(packed, pack_to_int32((codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8), bits))
+    assert torch.equal(ints._unpack(packed, bits, 41), codes)
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
