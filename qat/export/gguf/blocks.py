@@ -134,8 +134,8 @@ def _same_codes(block: BlockType, grid: WeightGrid) -> bool:
     """Whether codes mean the same in both, before they are scaled."""
     if grid.zero_point or grid.offset != ("offset" in block.fields):
         return False
-    if block.format == LevelFormat(3) and isinstance(grid.format, CodebookFormat):
-        return grid.format.entries == len(_TERNARY) and _is_table(grid.codebook, _TERNARY)
+    if block.format == LevelFormat(len(_TERNARY)) and grid.format == CodebookFormat(len(_TERNARY)):
+        return _is_table(grid.codebook, _TERNARY) or _is_unseen_ternary(grid)
     if block.format != grid.format:
         return False
     return block.table is None or _is_table(grid.codebook, block.table)
@@ -146,6 +146,15 @@ def _is_table(codebook: Tensor | None, values: tuple[float, ...]) -> bool:
     if codebook is None or codebook.is_meta or codebook.numel() != len(values):
         return False
     return codebook.flatten().tolist() == list(values)
+
+
+def _is_unseen_ternary(grid: WeightGrid) -> bool:
+    """Whether a codebook of three entries, on the meta device as before training, is -1, 0 and 1.
+
+    Learned codebooks are stored in the dtype of the scales, and the fixed ones, of which one has three entries, in float32.
+    """
+    table = grid.codebook
+    return table is not None and table.is_meta and table.dtype == torch.float32 != grid.scale
 
 
 def _differences(block: BlockType, grid: WeightGrid) -> Iterator[Misfit]:

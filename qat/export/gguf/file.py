@@ -82,6 +82,8 @@ class GgufFile:
             raise _Damage(f"its alignment is {alignment}")
         base = -(-cursor.place // alignment) * alignment
         self.entries = {name: entry._replace(start=base + entry.start) for name, entry in found}
+        if len(self.entries) < len(found):
+            raise _Damage("it has tensors of the same name")
         for name, entry in self.entries.items():
             if entry.start + entry.size > len(self._data):
                 raise _Damage(f"it ends before its tensor {name} does")
