@@ -2,6 +2,7 @@
 `test-engines`."""
 
 import shutil
+import struct
 from functools import partial
 
 import gguf
@@ -280,7 +281,8 @@ def test_files_of_others_open_packed(kind, target, tmp_path):
         with pytest.raises(InputError, match="the scheme has none"):
             target.write(read, tmp_path / "ours")
         return
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(target.write(read, tmp_path / "ours") / FILE).tensors}
+    target.write(read, tmp_path / "ours")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "ours" / FILE).tensors}
     for tensor in gguf.GGUFReader(tmp_path / "their.gguf").tensors:
         np.testing.assert_array_equal(tensors[tensor.name], tensor.data)
     assert torch.equal(logits(target.read(tmp_path / "ours"), token_ids()), logits(read, token_ids()))
@@ -378,7 +380,7 @@ def folder(target, tmp_path):
 def test_a_file_that_ends_too_early(share, folder, target):
     data = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(InputError, match="no GGUF file|ends within its header|ends before its tensor"):
+    with pytest.raises(InputError, match=r"no GGUF file|ends within its header|ends before its tensor"):
         target.read(folder)
 
 
@@ -395,12 +397,14 @@ def test_every_damaged_byte_of_the_header_is_survived(folder, target):
             continue
 
 
+HEADS = b"attention.head_count\x04\0\0\0"
+NAME = b"\x05\0\0\0\0\0\0\0"
 DAMAGES = {
     "version": (lambda data: data[:4] + b"\x09" + data[5:], "version 9"),
     "another format": (lambda data: b"PK\x03\x04" + data[4:], "no GGUF file"),
-    "heads": (lambda data: swap(data, b"attention.head_count\x04\0\0\0\x04", b"attention.head_count\x04\0\0\0\x02"), "head_count"),
-    "architecture": (lambda data: swap(data, b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0qwen3"), "is a qwen3"),
-    "unknown": (lambda data: swap(data, b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0bloom"), "architecture bloom"),
+    "heads": (lambda data: swap(data, HEADS + b"\x04", HEADS + b"\x02"), "head_count is 2.*says 4"),
+    "architecture": (lambda data: swap(data, NAME + b"llama", NAME + b"qwen3"), "is a qwen3"),
+    "unknown": (lambda data: swap(data, NAME + b"llama", NAME + b"bloom"), "architecture bloom"),
     "name": (lambda data: swap(data, b"blk.0.ffn_up.weight", b"blk.0.ffn_ip.weight"), "no tensor blk.0.ffn_up.weight"),
 }
 
@@ -449,10 +453,11 @@ def test_tensors_that_the_model_does_not_have(folder, target, tmp_path):
 def test_blocks_that_are_no_grid_of_ours(kind, target, tmp_path):
     foreign(tmp_path / "their.gguf", "Q8_0")
     data = (tmp_path / "their.gguf").read_bytes()
-    place = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
-    shape = (256).to_bytes(8, "little")  # so that rows fill a block of 256
-    data = data[: place - 16] + shape + data[place - 8 : place] + bytes([gguf.GGMLQuantizationType[kind], 0, 0, 0]) + data[place + 4 :]
-    (tmp_path / "their.gguf").write_bytes(data)
+    name = b"token_embd.weight"
+    head, tail = data[: data.index(name)], data[data.index(name) + len(name) + 4 + 2 * 8 + 4 :]
+    # As wide as a block of 256.
+    described = struct.pack("<IQQI", 2, 256, 96, gguf.GGMLQuantizationType[kind])
+    (tmp_path / "their.gguf").write_bytes(head + name + described + tail)
     with pytest.raises(InputError, match=f"token_embd.weight is {kind}.*Q4_0"):
         target.read(tmp_path / "their.gguf")
 

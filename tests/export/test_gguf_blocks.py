@@ -28,7 +28,8 @@ def random_blocks(name, scale=None):
     if block.scale_dtype == torch.float16:
         scale = torch.randn(groups, generator=generator).half() if scale is None else scale
     else:
-        scale = torch.randint(0, LARGEST_EXPONENT, groups, generator=generator, dtype=torch.uint8).view(block.scale_dtype)
+        exponents = torch.randint(0, LARGEST_EXPONENT, groups, generator=generator, dtype=torch.uint8)
+        scale = exponents.view(block.scale_dtype)
     offset = torch.randn(groups, generator=generator).half() if "offset" in block.fields else None
     codebook = None if block.table is None else torch.tensor([block.table], dtype=torch.float32)
     return QuantizedTensor(
@@ -90,7 +91,7 @@ def test_bytes_that_stand_for_nothing_are_refused():
     block = BLOCK_TYPES["TQ2_0"]
     data = block.to_bytes(random_blocks("TQ2_0"))
     data[0, 0] = 0xFF  # threes, where there are 0, 1 and 2
-    with pytest.raises(InputError, match="w is damaged.*codes that TQ2_0 does not have"):
+    with pytest.raises(InputError, match=r"w is damaged.*codes that TQ2_0 does not have"):
         block.from_bytes(data, "w", torch.float32)
 
 

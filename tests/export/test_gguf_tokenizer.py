@@ -17,7 +17,8 @@ from tests.export.test_gguf import quantized
 VOCABULARY = 320
 TEXT = "The year 2026 isn't over; I've seen 13 cats,  and  they'll sleep.\n\n naïve ünïcödé 日本 🦙 x=3.14\t!?"
 LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -30,7 +31,7 @@ def split(pattern):
 SPLITS = {
     "gpt-2": (WORDS, None),
     "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]), None),
-    "llama-bpe": (split(LLAMA_3), None),
+    "dbrx": (split(LLAMA_3), None),
     "qwen2": (split(LLAMA_3.replace("{1,3}", "")), normalizers.NFC()),
 }
 UNKNOWN = {
@@ -66,6 +67,12 @@ def test_the_way_of_splitting_has_a_name(name, caplog):
     with caplog.at_level(logging.WARNING):
         assert tokenizer_metadata(tokenizer, VOCABULARY)["tokenizer.ggml.pre"] == name
     assert not caplog.records
+
+
+def test_words_that_are_tokens_are_not_merged_in_llama_3():
+    tokenizer = byte_level(*SPLITS["dbrx"])
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    assert tokenizer_metadata(tokenizer, VOCABULARY)["tokenizer.ggml.pre"] == "llama-bpe"
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -111,7 +118,7 @@ def test_more_tokens_than_the_model_has_are_refused():
         tokenizer_metadata(byte_level(), 300)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt-2", "dbrx", "qwen2"])
 def test_transformers_reads_the_same_tokenizer(name, tmp_path):
     """From the file alone; smollm's way of splitting it does not know."""
     tokenizer = byte_level(*SPLITS[name], chat_template="{{ messages[0].content }}")
@@ -134,4 +141,5 @@ def test_the_tokenizer_beside_the_file_is_the_whole_one(tmp_path):
         assert read(TEXT).input_ids == tokenizer(TEXT).input_ids
         Gguf().write(Gguf().read(one), two, read)
         assert (one / FILE).read_bytes() == (two / FILE).read_bytes()
-        assert same_files(two, Gguf().write(Gguf().read(two), tmp_path / f"three{number}", AutoTokenizer.from_pretrained(two)))
+        tokenizer = AutoTokenizer.from_pretrained(two)
+        assert same_files(two, Gguf().write(Gguf().read(two), tmp_path / f"three{number}", tokenizer))

@@ -105,7 +105,7 @@ class Architecture:
         options["tie_word_embeddings"] = "output.weight" not in file.entries
         missing = [key for key in ("block_count", "embedding_length", "attention.head_count") if key not in said]
         if missing:
-            raise InputError(f"{file.path} does not say its {self.name}.{missing[0]}: put the model's config.json there.")
+            raise InputError(f"{file.path} does not say its {self.name}.{missing[0]}: put a config.json beside it.")
         options |= {attribute: bias in file.entries for attribute, bias in self.biases.items()}
         if self.rotary:
             options["rope_parameters"] = rope_of(said, file)

@@ -111,7 +111,7 @@ _UNNESTED = {"MXFP4": "quantizer@scheme.weight=mxfp4"}
 
 
 def holder(grid: WeightGrid, ternary: str) -> BlockType | None:
-    """The block type that holds `grid` to the bit, if there is one; `ternary` says which of the two for three levels."""
+    """The block type that holds `grid` to the bit, if there is one; for three levels the one called `ternary`."""
     found = [block for block in BLOCK_TYPES.values() if not any(True for _ in _differences(block, grid))]
     return next((block for block in found if block.name not in TERNARY_TYPES or block.name == ternary), None)
 
@@ -151,7 +151,7 @@ def _is_table(codebook: Tensor | None, values: tuple[float, ...]) -> bool:
 def _is_unseen_ternary(grid: WeightGrid) -> bool:
     """Whether a codebook of three entries, on the meta device as before training, is -1, 0 and 1.
 
-    Learned codebooks are stored in the dtype of the scales, and the fixed ones, of which one has three entries, in float32.
+    Learned codebooks are stored in the dtype of the scales, fixed ones, of which one has three entries, in float32.
     """
     table = grid.codebook
     return table is not None and table.is_meta and table.dtype == torch.float32 != grid.scale

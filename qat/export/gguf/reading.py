@@ -48,10 +48,10 @@ def read_model(path: Path, trust_remote_code: bool) -> nn.Module:
 def _check_type(file: GgufFile, name: str, entry: Entry) -> None:
     if entry.type in BLOCK_TYPES or entry.type in _DTYPES:
         return
-    why = "scales are quantized in superblocks" if entry.type.endswith("_K") else "values are on no grid"
+    why = "scales are quantized in superblocks" if entry.type.endswith("_K") else "grid is none of those here"
     raise InputError(
-        f"{file.path}: {name} is {entry.type}, whose {why} that is known here. {', '.join((*BLOCK_TYPES, *_DTYPES))} are "
-        "read: quantize the model again to one of them."
+        f"{file.path}: {name} is {entry.type}, whose {why}. Quantize the model again to one of "
+        f"{', '.join((*BLOCK_TYPES, *_DTYPES))}."
     )
 
 
@@ -67,7 +67,7 @@ def _compare(file: GgufFile, architecture: Architecture, config: Any) -> None:
         raise InputError(f"{file.path} is a {architecture.name}, and its config.json says {config.model_type}.")
     architecture.check(config)
     for key, value in architecture.metadata(config).items():
-        said = file.metadata.get(f"{architecture.name}.{key}", value)
+        said: Any = file.metadata.get(f"{architecture.name}.{key}", value)
         same = math.isclose(said, value, rel_tol=1e-6) if isinstance(value, float) else said == value
         if not same and key != "context_length":
             raise InputError(f"{file.path} says that its {key} is {said}, and its config.json says {value}.")

@@ -24,7 +24,7 @@ def rope_metadata(config: Any) -> dict[str, Any]:
         raise InputError(f"GGUF is written of rotary positions default, linear and llama3, not {kind}.")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("GGUF is written of models that rotate whole heads.")
-    said = {"rope.freq_base": float(rope["rope_theta"])}
+    said: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         said |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     return said

@@ -21,7 +21,8 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
-    (_WORDS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
+    (_WORDS + r"\p{N}{1,3}" + _REST, "bytes"): "dbrx",
+    (_WORDS + r"\p{N}{1,3}" + _REST, "bytes", "whole words"): "llama-bpe",
     ("NFC", _WORDS + r"\p{N}" + _REST, "bytes"): "qwen2",
 }
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
@@ -46,8 +47,8 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> Metadata:
     if not _is_byte_level(spec):
         kind = spec.get("model", {}).get("type", type(tokenizer).__name__)
         _LOGGER.warning(
-            "The GGUF file gets no tokenizer: llama.cpp has byte-level BPE, and this one is %s. It takes token ids; the "
-            "tokenizer's own files lie beside it.",
+            "The GGUF file gets no tokenizer: llama.cpp has byte-level BPE, and this one is %s. It takes token ids; "
+            "the tokenizer's own files lie beside it.",
             kind,
         )
         return {"tokenizer.ggml.model": "no_vocab"}
@@ -111,8 +112,8 @@ def _split_name(spec: Metadata) -> str:
     name = _SPLITS.get(tuple(_steps(spec)))
     if name is None:
         _LOGGER.warning(
-            "The tokenizer splits text in a way that has no name known here, so the GGUF file says 'default': llama.cpp "
-            "may give other tokens than the model was trained with. Compare them before you use it."
+            "The tokenizer splits text in a way that has no name known here, so the GGUF file says 'default': "
+            "llama.cpp may give other tokens than the model was trained with. Compare them before you use it."
         )
     return name or "default"
 
@@ -131,6 +132,8 @@ def _steps(spec: Metadata) -> Iterator[str]:
                 yield pattern
             case _:
                 yield f"unknown {step['type']}"
+    if spec["model"].get("ignore_merges"):
+        yield "whole words"
 
 
 def _parts(step: Any, name: str) -> list[Any]:
