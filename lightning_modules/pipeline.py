@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shlex
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
@@ -34,12 +36,15 @@ from lightning_modules.distillation.recording import cache_for, windows_needed
 from lightning_modules.loggers import CSVLogger
 from lightning_modules.models import LoadedModel, load_hf
 from lightning_modules.report import Report, plot_training
+from lightning_modules.shipping import Probe, check_shipped, engine_line, probe_ids, write_reports
 from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_bytes, tensor_bytes
 from qat import convert, load, prepare
 from qat.atomic import replaced_folder
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight
+from qat.export.card import Recipe
 from qat.export.parity import check_logits
+from qat.export.targets import Target
 from qat.nn.kv_quantizer import kv_layers
 from qat.nn.packed import dtype_name
 from qat.transforms import (
@@ -53,7 +58,9 @@ from qat.transforms import (
     uncalibrated,
 )
 from qat.transforms.masks import sparsity
+from qat.transforms.unpack import adopt_grids
 
+LOADED = "as loaded, on its grid"
 FULL, SMALLER, ROUNDED = "full precision", "without the parts that were removed", "rounded to nearest"
 TRAINED, TUNED, SHIPPED = "after training, fake-quantized", "after training", "converted, saved, loaded"
 SAVED = "saved, loaded"
@@ -89,6 +96,7 @@ class Job:
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         self.trainer.precision_plugin.convert_module(self.module)
+        self.targets: dict[str, Target] = instantiate(cfg.export)
         self.checkpoint: str | None = cfg.ckpt_path
         title = f"{self.loaded.name}: {cfg.title}"
         self.report = Report(self.folder, title, resume=cfg.resumed, writes=self.trainer.is_global_zero)
@@ -117,7 +125,7 @@ class Job:
         parameters = sum(p.numel() for p in self.model.parameters())
         self._say(f"{self.report.title} ({parameters / 1e6:.0f} M parameters) -> {self.folder}")
         self._try_scheme()
-        self._measure(FULL, parameter_bytes(self.model))
+        self._measure(LOADED if self.loaded.grids else FULL, parameter_bytes(self.model))
         self._make_teacher()
         self._shrink()
         self._prepare()
@@ -186,6 +194,7 @@ class Job:
         for prune in instantiate(self.cfg.prune).values():
             prune(shadow, [])
         prepare(shadow, scheme, initialize=False)
+        self._check_targets(shadow)
         groups = [max(kv.key_schedule.group, kv.value_schedule.group) for _, _, kv in kv_layers(shadow)]
         longest = scheme.kv.window + max(groups) if scheme.kv is not None and groups else 0
         if longest > self.cfg.data.sequence_length:
@@ -193,6 +202,12 @@ class Job:
                 f"No token would leave the window of the KV cache: it and a group are {longest} tokens, "
                 f"data.sequence_length is {self.cfg.data.sequence_length}. Raise that, or lower scheme.kv.window."
             )
+
+    def _check_targets(self, model: nn.Module) -> None:
+        """Refuse a grid that a target cannot hold."""
+        if is_quantized(model):
+            for target in self.targets.values():
+                target.check(model)
 
     def _make_teacher(self) -> None:
         """Make the teacher of a distillation, before anything changes the model."""
@@ -283,8 +298,14 @@ class Job:
                 initialize=fresh,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
+        if fresh and self.loaded.grids:
+            same = adopt_grids(self.model, self.loaded.grids)
+            self._say(
+                f"{len(same)} of {len(self.loaded.grids)} quantized layers start on the grid that they were loaded from"
+            )
         if emulates_fp8(self.model, self.trainer.strategy.root_device):
             self._say("compute=fp8: a CPU multiplies these codes in float32: the same values, and no time saved")
+        self._check_targets(self.model)  # once more, now that tables have their values
         transforms = instantiate(self.cfg.transforms).values()
         if not fresh:
             restructure(self.model, transforms)
@@ -302,32 +323,41 @@ class Job:
         return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
     def _export(self) -> None:
-        """Convert, save and reload, and hold the reloaded model to the trained one's logits."""
-        probe = next(iter(self.data.val_dataloader()))
-        trained, widths = self._logits(self.model, probe), nested_widths(self.model)
+        """Convert, and for each target save and reload, and hold the reloaded model to the trained one's logits."""
+        ids, widths = probe_ids(next(iter(self.data.val_dataloader()))), nested_widths(self.model)
+        probe = Probe(ids, self._logits(self.model, ids))
         convert(self.model)
         trusted = self.cfg.model.get("trust_remote_code", False)
-        for name, target in instantiate(self.cfg.export).items():
+        for name, target in self.targets.items():
             folder = self.folder / name
             self._once(partial(target.write, self.model, folder, tokenizer=self.loaded.tokenizer))
             for bits in widths:
                 self.module.model = load(folder, trust_remote_code=trusted, bits=bits)
                 self._measure(f"loaded at {bits} bits", tensor_bytes(self.module.model))
             self.module.model = target.read(folder, trusted)
-            check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
-            size = folder_bytes(folder)
-            self._measure(SHIPPED, size)
+            report = check_shipped(target, folder, self.model, self.module.model, probe, partial(self._logits, ids=ids))
+            self._measure(SHIPPED if name == next(iter(self.targets)) else f"{SHIPPED} as {name}", folder_bytes(folder))
+            self._once(partial(write_reports, folder, self._recipe, self.report.rows.values(), report))
             self._say(f"{folder}: the same logits as the trained model")
+            self._say(f"  {engine_line(report)}")
+
+    @property
+    def _recipe(self) -> Recipe:
+        """What the model card says of this run."""
+        command = None
+        if HydraConfig.initialized():
+            command = shlex.join(["python", "train.py", *HydraConfig.get().overrides.task])
+        return Recipe(self.loaded.name, self.cfg.title, command)
 
     def _export_full(self) -> None:
         """Save and reload a pruned model that has no codes, and hold the reloaded one to the trained one's logits."""
-        probe, folder = next(iter(self.data.val_dataloader())), self.folder / "pretrained"
-        trained = self._logits(self.model, probe)
+        ids, folder = probe_ids(next(iter(self.data.val_dataloader()))), self.folder / "pretrained"
+        trained = self._logits(self.model, ids)
         if any(True for _ in quant_layers(self.model)):
             convert(self.model)
         self.save_plain(folder)
         self.module.model = self._reloaded(folder)
-        check_logits(trained, self._logits(self.module.model, probe), exact=trained.device.type == "cpu")
+        check_logits(trained, self._logits(self.module.model, ids), exact=trained.device.type == "cpu")
         self._measure(SAVED, folder_bytes(folder))
         self._say(f"{folder}: pruned, in full precision; quantize it by model=hf model.name={folder}")
 
@@ -338,11 +368,11 @@ class Job:
                 discard(options.folder)
 
     @torch.no_grad()
-    def _logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    def _logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         device = self.trainer.strategy.root_device
         model.to(device).eval()
         with self.trainer.precision_plugin.forward_context():
-            return model(input_ids=batch["input_ids"].to(device), use_cache=False).logits
+            return model(input_ids=ids.to(device), use_cache=False).logits
 
     def _draw(self) -> None:
         metrics, picture = self.folder / "metrics.csv", self.folder / "training.png"

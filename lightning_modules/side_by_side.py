@@ -14,6 +14,7 @@ from lightning_modules.sizes import MIB, folder_bytes, full_bits, parameter_byte
 from qat import load
 from qat.errors import InputError
 from qat.export.artifact import bits_per_weight, check_artifact
+from qat.export.loading import target_of
 
 _ACCELERATORS = ("auto", "cpu")
 
@@ -36,7 +37,8 @@ class SideBySide:
         self._widths = _widths(cfg.bits)
         self._cfg, self.folders = cfg, [str(Path(folder).expanduser()) for folder in listed(cfg.artifact)]
         for folder in self.folders:
-            check_artifact(folder)
+            if target_of(folder) is None:
+                check_artifact(folder)
         if not self.folders and not cfg.reference:
             raise InputError("There is no model: give artifact=FOLDER, which a run exported, or reference=true.")
         OmegaConf.resolve(cfg)

@@ -8,7 +8,8 @@ save(model, folder), load(folder)
 """
 
 from qat.errors import InputError
-from qat.export.artifact import load, save
+from qat.export.artifact import save
+from qat.export.loading import load
 from qat.transforms import Rule, Scheme, calibrate, convert, prepare, shard
 
 __version__ = "0.1.0"

@@ -5,18 +5,16 @@ It loads without Hydra and without any Quantizer, and computes the same logits a
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model
+from qat.export.tensor_files import SHARD_BYTES, WEIGHTS, TensorFiles, write_tensors
 from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
 from qat.nn.attention import PREFIX
 from qat.numerics.metrics import stored_bits
@@ -26,11 +24,11 @@ from qat.transforms.kv import describe_kv, restore_kv
 from qat.transforms.layers import conv1d_to_linear, replace
 from qat.transforms.slice_bits import slice_bits
 
-FORMAT_VERSION = 2
-_WEIGHTS, _CONFIG = "model.safetensors", "quant_config.json"
+FORMAT_VERSION = 3
+CONFIG = "quant_config.json"
 
 
-def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a converted `model` to `folder`, completely or not at all; an artifact that stood there is replaced.
 
     A transformers model brings its `config.json` and generation settings, and the folder is all that `load` needs. For
@@ -40,6 +38,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         model: a model that `convert` returned.
         folder: where to write.
         tokenizer: saved beside the model, if given.
+        shard_bytes: the largest file of tensors.
 
     Returns:
         The folder.
@@ -52,7 +51,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
     kv = describe_kv(model)
     if not layers and kv is None:
         raise InputError("Nothing to save: no layer stores codes. Call qat.convert(model) first.")
-    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / _CONFIG).is_file():
+    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / CONFIG).is_file():
         raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
     with replaced_folder(folder) as temporary:
@@ -60,23 +59,19 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(temporary)
-        try:
-            save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise InputError(f"Cannot write {folder}: {error}. Free space, or choose another folder.") from error
+        files = write_tensors(temporary, lambda: iter(tensors.items()), shard_bytes)
         config = {
             "format_version": FORMAT_VERSION,
             "bits_per_weight": bits_per_weight(model) if layers else None,
             "density": density(model) if layers else None,
-            "sha256": _sha256(temporary / _WEIGHTS),
+            "sha256": {name: _sha256(temporary / name) for name in files},
             "attention": _attention(parts[0]),
             "experts": getattr(parts[0], "_experts_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
             "kv": kv,
         }
-        (temporary / _CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-        shutil.copymode(temporary / _CONFIG, temporary / _WEIGHTS)  # safetensors writes for the owner only
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     return Path(folder)
 
 
@@ -102,12 +97,9 @@ def load(
     folder = Path(folder)
     check_artifact(folder)
     config = _read_config(folder)
-    if _sha256(folder / _WEIGHTS) != config["sha256"]:
-        raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum differs from {_CONFIG}. Export the run again.")
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / _WEIGHTS} cannot be read: {error}. Export the run again.") from error
+    _check_sums(folder, config["sha256"])
+    files = TensorFiles(folder)
+    tensors = {name: files[name] for name in files}
     if model is None:
         model, _ = empty_model(folder, trust_remote_code, config.get("attention"), config.get("experts"))
     conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
@@ -143,6 +135,11 @@ def density(model: nn.Module) -> float:
     if not found:
         raise InputError("The model has no quantized weight, so it has no density.")
     return sum(nonzero for nonzero, _ in found) / sum(count for _, count in found)
+
+
+def quantized_elements(model: nn.Module) -> int:
+    """The number of quantized weights; shared ones count once."""
+    return sum(q.shape.numel() for q in _quantized(model))
 
 
 def _quantized(model: nn.Module) -> Iterator[QuantizedTensor]:
@@ -191,7 +188,7 @@ def _allocate(name: str, description: Mapping[str, Any], model: nn.Module) -> nn
         packed = {key: PackedTensor(weight) for key, weight in weights.items()}
         stored = [nn.Identity() if role is None else StoredActivation(role) for role in roles]
     except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{_CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
+        raise InputError(f"{CONFIG} is damaged at layer {name} ({error!r}). Export the run again.") from error
     try:
         return layer(module, packed, *stored)
     except (AttributeError, TypeError) as error:
@@ -241,23 +238,33 @@ def check_artifact(folder: str | Path) -> None:
         InputError: if so.
     """
     recover(Path(folder))
-    for name in (_CONFIG, _WEIGHTS):
-        if not (Path(folder) / name).is_file():
-            raise InputError(f"{folder} is not an artifact of this project: it has no {name}.")
+    if not (Path(folder) / CONFIG).is_file():
+        raise InputError(f"{folder} is not an artifact of this project: it has no {CONFIG}.")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         version = config["format_version"]
         absent = {"sha256", "tied", "layers"} - set(config)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / _CONFIG} is damaged ({error}). Export the run again.") from error
+        raise InputError(f"{folder / CONFIG} is damaged ({error}). Export the run again.") from error
     if version > FORMAT_VERSION:
         raise InputError(f"{folder} has format_version {version}, this version reads up to {FORMAT_VERSION}: upgrade.")
     if absent:
-        raise InputError(f"{folder / _CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
+        raise InputError(f"{folder / CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
     return config
+
+
+def _check_sums(folder: Path, sums: str | Mapping[str, str]) -> None:
+    """Refuse files that are not those that were written."""
+    for name, expected in ({WEIGHTS: sums} if isinstance(sums, str) else sums).items():  # one file until version 2
+        if Path(name).name != name:
+            raise InputError(f"{folder / CONFIG} names {name!r}, which is no file of its folder: refused.")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}. Export the run again.")
+        if _sha256(folder / name) != expected:
+            raise InputError(f"{folder / name} is damaged: its checksum differs from {CONFIG}. Export the run again.")
 
 
 def _sha256(path: Path) -> str:

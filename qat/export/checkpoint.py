@@ -5,7 +5,6 @@ the tensors of a quantized layer look is the business of a `Layout`.
 """
 
 import copy
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill, transposed_layers
+from qat.export.consumers import Consumer, NotInstalled, transformers_consumer
 from qat.export.grids import layer_grids
 from qat.export.layouts.base import Config, Layout, Misfit
 from qat.export.targets import Target, refuse
@@ -69,9 +69,7 @@ class Checkpoint(Target):
             for part in parts:
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
-            names = write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
-            for name in names:
-                shutil.copymode(temporary / "config.json", temporary / name)
+            write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
         return Path(folder)
 
     def _tensors(self, model: nn.Module, config: Config) -> Named:
@@ -104,6 +102,11 @@ class Checkpoint(Target):
                 self._restore(model, name, {leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config)
         fill(model, files, transposed)
         return model.eval()
+
+    def consumer(self, folder: Path) -> Consumer:
+        if self.layout.package is None:
+            raise NotInstalled(f"{self.layout.engines} need environments of their own: make test-engines")
+        return transformers_consumer(folder, self.layout.package)
 
     def _restore(self, model: nn.Module, name: str, tensors: dict[str, Tensor], config: Config) -> None:
         """Put the packed layer `name` in the place of the linear one."""

@@ -8,13 +8,20 @@ from typing import Any
 from torch import nn
 
 from qat.errors import InputError
+from qat.export.consumers import Consumer
 from qat.export.layouts.base import Misfit
 
 
 class Target(ABC):
-    """A kind of folder that a converted model is written to, and read back from."""
+    """A kind of folder that a converted model is written to, and read back from.
+
+    Attributes:
+        title: what people call it.
+        most_kl: what an engine may diverge from the trained model, in nats a token.
+    """
 
     title: str
+    most_kl: float = 1e-2
 
     @abstractmethod
     def check(self, model: nn.Module) -> None:
@@ -39,6 +46,14 @@ class Target(ABC):
         Raises:
             InputError: if the folder is damaged, or something else.
         """
+
+    def consumer(self, folder: Path) -> Consumer | None:
+        """The engine that serves `folder`, having loaded it; None where that is this project.
+
+        Raises:
+            NotInstalled: if it is not in this environment.
+        """
+        return None
 
 
 def refuse(title: str, name: str, misfits: Iterable[Misfit]) -> None:

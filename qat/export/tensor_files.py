@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.errors import InputError
 
 SHARD_BYTES = 5 * 10**9
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
@@ -41,13 +41,19 @@ def write_tensors(folder: Path, tensors: Callable[[], Named], shard_bytes: int =
 
     Returns:
         The names of the files that hold tensors.
+
+    Raises:
+        InputError: if they cannot be written.
     """
     shards = _shards(tensors(), shard_bytes)
     count = len(shards)
-    names = [_WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     given = tensors()
-    for name, headers in zip(names, shards, strict=True):
-        _write_file(folder / name, headers, given)
+    try:
+        for name, headers in zip(names, shards, strict=True):
+            _write_file(folder / name, headers, given)
+    except OSError as error:
+        raise InputError(f"Cannot write {folder}: {error}. Free space, or choose another folder.") from error
     if count > 1:
         _write_index(folder / _INDEX, dict(zip(names, shards, strict=True)))
     return names
@@ -108,15 +114,15 @@ class TensorFiles:
         self._places = self._index() if (self.folder / _INDEX).is_file() else self._single()
 
     def _single(self) -> dict[str, str]:
-        if not (self.folder / _WEIGHTS).is_file():
+        if not (self.folder / WEIGHTS).is_file():
             pickles = [path.name for pattern in _PICKLES for path in self.folder.glob(pattern)]
             if pickles:
                 raise InputError(
                     f"{self.folder} holds {pickles[0]}, a pickle, which can run code when it is opened: only "
                     "safetensors are read. Convert it by transformers where you trust it."
                 )
-            raise InputError(f"{self.folder} is no checkpoint: it has no {_WEIGHTS}.")
-        return dict.fromkeys(self._file(_WEIGHTS).keys(), _WEIGHTS)
+            raise InputError(f"{self.folder} is no checkpoint: it has no {WEIGHTS}.")
+        return dict.fromkeys(self._file(WEIGHTS).keys(), WEIGHTS)
 
     def _index(self) -> dict[str, str]:
         path = self.folder / _INDEX

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,11 +24,17 @@ class PackedEmbedding(PackedLayer):
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weights["weight"].shape
+        self.padding_idx: Any = module.padding_idx
         self._adopt(weights, input, output)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.weight.dequantize_rows(input.reshape(-1))
         return self.output_quantizer(rows.view(*input.shape, self.embedding_dim))
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        embedding.weight = nn.Parameter(self.weight.dequantize(dtype))
+        return embedding.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -8,8 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from qat.errors import InputError
 from qat.nn.packed import PackedTensor
 from qat.quantizers import NoQuantizer, Quantizer
 
@@ -112,6 +114,14 @@ class PackedLayer(nn.Module):
     def weights(self) -> dict[str, PackedTensor]:
         """Every packed weight by name."""
         return {name: getattr(self, name) for name in self.weight_names}
+
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        """The layer in full precision, its weight being what the codes stand for; activations are not quantized.
+
+        Raises:
+            InputError: for kinds of layers that cannot be trained on.
+        """
+        raise InputError(f"A packed {self.kind} layer cannot be trained on: train the model that it was made from.")
 
     def _adopt(self, weights: Mapping[str, PackedTensor], input: nn.Module, output: nn.Module) -> None:
         for name, weight in weights.items():

@@ -67,6 +67,13 @@ class PackedLinear(PackedLayer):
             self.weight.tiled()
         return self
 
+    def plain(self, dtype: torch.dtype) -> nn.Module:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.dequantize(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype))
+        return linear.train(self.training)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 

@@ -291,9 +291,6 @@ def test_the_folder_of_a_run_is_its_own(shell):
     error = shell.fails("debug=fast", "scheme.weight.bits=2", "hydra.run.dir=run")
     assert f"holds another run: go on with it by resume={shell.folder / 'run'}" in error
     assert (shell.folder / "run" / ".hydra" / "overrides.yaml").read_text() == before
-    assert "is an artifact, quantized already: load it with qat.load" in shell.fails(
-        f"model.name={shell.folder}/run/native"
-    )
     weights = shell.folder / "run" / "native" / "model.safetensors"
     assert weights.stat().st_mode == (weights.parent / "config.json").stat().st_mode
 
@@ -333,3 +330,46 @@ def test_help_lists_the_groups(shell):
     output = shell.run("--help", defaults=False)
     assert "quantizer" in output
     assert "scheme" in output
+
+
+@pytest.mark.usefixtures("forks")
+def test_one_run_exports_to_several_engines_and_says_how_faithfully(shell):
+    output = shell.run("debug=fast", "export=[native,gptq]", "hydra.run.dir=run")
+    for name in ("native", "gptq"):
+        folder = shell.folder / "run" / name
+        assert f"{folder}: the same logits as the trained model" in output
+        report = json.loads((folder / "parity.json").read_text())
+        assert report["packed, read back"] | {"perplexity": None} == {
+            "max_abs_delta_logit": 0.0, "kl": 0.0, "top1_agreement": 1.0, "perplexity": None
+        }  # fmt: skip
+        assert report["bits_per_weight_claimed"] == 3.5 < report["bits_per_weight_actual"]
+        card = (folder / "README.md").read_text()
+        assert "'export=[native,gptq]'" in card
+        assert "| after training, fake-quantized |" in card
+    rows = shell.rows("run")
+    assert rows["converted, saved, loaded"]["perplexity"] == rows["converted, saved, loaded as gptq"]["perplexity"]
+
+
+@pytest.mark.usefixtures("forks")
+def test_what_an_engine_cannot_hold_is_refused_before_anything_is_computed(shell):
+    error = shell.fails("export=[native,gptq]", "scheme.weight.granularity=per_group_16", "hydra.run.dir=run")
+    assert error.startswith("Error: GPTQ cannot hold model.layers.0.self_attn.q_proj, which has scales per_group_16.")
+    assert "scheme.weight.granularity=per_group_32" in error
+    assert not (shell.folder / "run" / "results.json").exists()
+
+
+@pytest.mark.usefixtures("forks")
+def test_an_artifact_is_exported_and_trained_on(shell):
+    """`qat-export` writes what the run itself would have; and training goes on from the grid that was shipped."""
+    shell.run("debug=fast", "export=[native,gptq]", "hydra.run.dir=run")
+    text = [option for option in shell.options if option.startswith("data")]
+    arguments = ["artifact=run/native", "export=gptq", *text, "hydra.run.dir=exported"]
+    process = shell.start(*arguments, script=ROOT / "lightning_modules" / "export.py")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    one, two = (shell.folder / place / "gptq" / "model.safetensors" for place in ("run", "exported"))
+    assert one.read_bytes() == two.read_bytes()
+    output = shell.run("debug=fast", "model.name=run/gptq", "hydra.run.dir=again")
+    assert "14 of 14 quantized layers start on the grid that they were loaded from" in output
+    rows = shell.rows("again")
+    assert rows["as loaded, on its grid"]["perplexity"] == rows["rounded to nearest"]["perplexity"]

@@ -40,11 +40,15 @@ class Layout(ABC):
         method: the `quant_method` that `config.json` names; by this a checkpoint is recognised.
         title: what people call it.
         holds_transposed: whether it takes layers that transformers stores transposed (GPT-2's Conv1D).
+        package: with which transformers loads such a checkpoint; None where only other engines do.
+        engines: those, and where they are tried.
     """
 
     method: ClassVar[str]
     title: ClassVar[str]
     holds_transposed: ClassVar[bool] = True
+    package: ClassVar[str | None] = None
+    engines: ClassVar[str] = ""
 
     @abstractmethod
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:

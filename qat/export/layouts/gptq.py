@@ -44,6 +44,7 @@ class Gptq(Layout):
 
     method = "gptq"
     title = "GPTQ"
+    engines = "vLLM and GPTQModel"
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
         yield from common_misfits(grid)

@@ -1,0 +1,73 @@
+"""Open whatever a folder holds: an artifact, or a checkpoint that this or another tool quantized."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from qat.errors import InputError, nearest
+from qat.export import artifact
+from qat.export.checkpoint import Checkpoint
+from qat.export.layouts import LAYOUTS
+from qat.export.native import Native
+from qat.export.targets import Target
+
+
+def load(
+    folder: str | Path, model: nn.Module | None = None, trust_remote_code: bool = False, bits: int | None = None
+) -> nn.Module:
+    """Read a quantized model: what `save` or an export wrote, or a checkpoint of another tool in one of those layouts.
+
+    Args:
+        folder: of the model.
+        model: for an artifact, the unquantized architecture to fill, its weights being ignored. Default: built from
+            `config.json` by transformers.
+        trust_remote_code: run model code that `config.json` names.
+        bits: of an artifact with nested codes, only the first so many of each are kept; None: all.
+
+    Returns:
+        The model in evaluation mode, its quantized layers being packed.
+
+    Raises:
+        InputError: if the folder holds no quantized model, is damaged or does not fit its architecture, or if an option
+            is for artifacts and it is none.
+    """
+    target = target_of(folder)
+    if target is None:
+        artifact.check_artifact(folder)
+        raise InputError(f"{folder} holds a model in full precision: quantize it by model=hf model.name={folder}")
+    if isinstance(target, Native):
+        return artifact.load(folder, model, trust_remote_code, bits)
+    if model is not None or bits is not None:
+        raise InputError(f"An architecture and bits are for artifacts, and {folder} is {target.title}.")
+    return target.read(folder, trust_remote_code)
+
+
+def target_of(folder: str | Path) -> Target | None:
+    """The target that would have written `folder`; None if it holds nothing quantized.
+
+    Raises:
+        InputError: if it is quantized in a way that is not known here.
+    """
+    folder = Path(folder)
+    if (folder / artifact.CONFIG).is_file():
+        return Native()
+    method = _quant_method(folder / "config.json")
+    if method is None:
+        return None
+    if method not in LAYOUTS:
+        raise InputError(
+            f"{folder} is quantized by '{method}', which is not known here.{nearest(method, LAYOUTS)} Known are "
+            f"{', '.join(LAYOUTS)}."
+        )
+    return Checkpoint(LAYOUTS[method]())
+
+
+def _quant_method(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        found = json.loads(config.read_text()).get("quantization_config")
+        return None if found is None else str(found["quant_method"])
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{config} is damaged ({error!r}). Fetch or export the model again.") from error
