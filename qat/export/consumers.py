@@ -36,12 +36,12 @@ def versions(*packages: str) -> str:
     return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
-def transformers_consumer(folder: Path, *packages: str) -> Consumer:
-    """`folder` as transformers loads it, with the `packages` that know its layout."""
+def transformers_consumer(folder: Path, *packages: str, **options: Any) -> Consumer:
+    """`folder` as transformers loads it by `options`, with the `packages` that know its layout."""
     from transformers import AutoModelForCausalLM
 
     name = versions("transformers", *packages)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
 
     @torch.no_grad()
     def logits(ids: Tensor) -> Tensor:

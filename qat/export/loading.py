@@ -1,4 +1,4 @@
-"""Open whatever a folder holds: an artifact, or a checkpoint that this or another tool quantized."""
+"""Open whatever a folder holds: an artifact, or a checkpoint or GGUF file that this or another tool quantized."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from torch import nn
 from qat.errors import InputError, nearest
 from qat.export import artifact
 from qat.export.checkpoint import Checkpoint
+from qat.export.gguf.target import Gguf, holds_gguf
 from qat.export.layouts import LAYOUTS
 from qat.export.native import Native
 from qat.export.targets import Target
@@ -19,7 +20,7 @@ def load(
     """Read a quantized model: what `save` or an export wrote, or a checkpoint of another tool in one of those layouts.
 
     Args:
-        folder: of the model.
+        folder: of the model; or a GGUF file.
         model: for an artifact, the unquantized architecture to fill, its weights being ignored. Default: built from
             `config.json` by transformers.
         trust_remote_code: run model code that `config.json` names.
@@ -52,6 +53,8 @@ def target_of(folder: str | Path) -> Target | None:
     folder = Path(folder)
     if (folder / artifact.CONFIG).is_file():
         return Native()
+    if holds_gguf(folder):
+        return Gguf()
     method = _quant_method(folder / "config.json")
     if method is None:
         return None

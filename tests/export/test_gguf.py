@@ -24,9 +24,11 @@ from transformers import (
 
 import qat
 from qat.errors import InputError
+from qat.export.consumers import NotInstalled
 from qat.export.gguf.blocks import BLOCK_TYPES
 from qat.export.gguf.file import GgufFile
 from qat.export.gguf.target import FILE, Gguf
+from qat.export.parity import check_stored
 from qat.nn import PackedEmbedding, PackedLinear
 from qat.quantizers import (
     KMeansQuantizer,
@@ -92,6 +94,7 @@ def test_what_is_written_is_read_back(name, weight, dtype, target, tmp_path):
     read = target.read(target.write(model, tmp_path / "one"))
     assert torch.equal(logits(read, token_ids()), logits(model, token_ids()))
     assert weight == "Q8_0" or same_codes(model, read)  # flat groups of whole rows come back as groups of rows
+    check_stored(model, read)
     assert weight in types_in(tmp_path / "one").values()
     assert same_files(tmp_path / "one", target.write(read, tmp_path / "two"))
 
@@ -103,6 +106,7 @@ def test_ternary_weights(weight, kind, tmp_path):
     model = quantized(tiny_llama(**WIDE_SIZES), TERNARY[weight])
     read = target.read(target.write(model, tmp_path / "one"))
     assert types_in(tmp_path / "one")["blk.0.attn_q.weight"] == kind
+    check_stored(model, read)  # a table comes back as levels, which are the same numbers
     assert torch.equal(logits(read, token_ids()), logits(model, token_ids()))
     assert same_files(tmp_path / "one", target.write(read, tmp_path / "two"))
 
@@ -184,7 +188,29 @@ def test_transformers_loads_the_same_weights(name, target, tmp_path):
     for path, parameter in model.named_parameters():
         theirs = loaded.get_parameter(path)
         assert torch.equal(parameter, theirs.t() if "c_fc.weight" in path else theirs), path
-    torch.testing.assert_close(logits(loaded, token_ids()), logits(model, token_ids()), rtol=0, atol=1e-5)
+    assert torch.equal(logits(loaded, token_ids()), logits(model, token_ids()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS | FAMILIES)
+def test_the_consumer_computes_the_same(name, dtype, target, tmp_path):
+    """transformers, told of the config.json beside the file, since it makes less of the metadata than llama.cpp."""
+    model = (MODELS | FAMILIES)[name]()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model = quantized(model)
+    folder = target.write(model, tmp_path / "gguf")
+    if name == "mistral":
+        with pytest.raises(NotInstalled, match="make test-engines"):
+            target.consumer(folder)
+    else:
+        assert torch.equal(target.consumer(folder).logits(token_ids()), logits(model, token_ids()))
+
+
+def test_any_loader_of_the_project_opens_it(folder):
+    for place in (folder, folder / FILE):
+        assert isinstance(qat.load(place).lm_head, torch.nn.Linear)
+        assert isinstance(qat.load(place).get_submodule(LAYER), PackedLinear)
 
 
 def test_the_order_of_rotated_rows_is_that_of_llama_cpp(target, tmp_path):
@@ -281,6 +307,7 @@ def test_files_of_others_open_packed(kind, target, tmp_path):
         with pytest.raises(InputError, match="the scheme has none"):
             target.write(read, tmp_path / "ours")
         return
+    assert any((layer.weight.scale < 0).any() for layer in layers.values()) == (kind in ("Q4_0", "Q5_0"))
     target.write(read, tmp_path / "ours")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "ours" / FILE).tensors}
     for tensor in gguf.GGUFReader(tmp_path / "their.gguf").tensors:

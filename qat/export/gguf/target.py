@@ -6,7 +6,6 @@ the tokenizer's own files, because not every tokenizer has a place in GGUF.
 """
 
 import copy
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
+from qat.export.consumers import Consumer, NotInstalled, transformers_consumer
 from qat.export.gguf.architectures import Names, architecture_of
 from qat.export.gguf.blocks import TERNARY_TYPES, BlockType, holder, misfits
 from qat.export.gguf.reading import read_model
@@ -81,12 +81,24 @@ class Gguf(Target):
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(temporary)
             write_file(temporary / FILE, architecture_of(config).name, metadata, tensors)
-            shutil.copymode(temporary / "config.json", temporary / FILE)
         return Path(folder)
 
     def read(self, folder: str | Path, trust_remote_code: bool = False) -> nn.Module:
         """What `write` wrote, or a file of others: a folder with one `.gguf` file, or that file."""
         return read_model(_file_in(Path(folder)), trust_remote_code)
+
+    def consumer(self, folder: Path) -> Consumer:
+        from transformers import AutoConfig, GgufConfig
+
+        # The configuration beside the file: of the metadata transformers knows too few keys.
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != architecture_of(config).name:
+            raise NotInstalled(
+                f"transformers opens no GGUF file of {config.model_type}, llama.cpp does: make test-engines"
+            )
+        quantization = GgufConfig(dequantize=True)
+        options = {"gguf_file": FILE, "config": config, "dtype": config.dtype, "quantization_config": quantization}
+        return transformers_consumer(folder, "gguf", **options)
 
     def _metadata(self, config: Any, tensors: list[Planned]) -> dict[str, Any]:
         architecture = architecture_of(config)
@@ -171,6 +183,11 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, str, Tensor | PackedTensor]
 def _dtype(model: nn.Module) -> torch.dtype:
     """What the model computes in."""
     return next(module.dtype for module in model.modules() if isinstance(module, PackedTensor))
+
+
+def holds_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a folder with some and no other weights."""
+    return path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")))
 
 
 def _file_in(path: Path) -> Path:
