@@ -40,7 +40,7 @@ from qat.quantizers import (
 )
 from tests.conftest import tiny_llama
 from tests.export.exported import MODELS, converted, logits, same_codes, same_files, token_ids
-from tests.models import SIZES, tiny_mixtral
+from tests.models import SIZES, tiny_gpt2, tiny_mixtral
 
 HALF = {"granularity": "per_group_32", "scale_dtype": "float16"}
 WIDE = {"granularity": "per_group_256", "scale_dtype": "float16"}
@@ -122,6 +122,7 @@ FAMILIES = {
     "llama 3": lambda: tiny_llama(rope_parameters=LLAMA_3),
     "llama, linear": lambda: tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "gpt2": tiny_gpt2,
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32)),
 }
 
@@ -192,7 +193,7 @@ def test_transformers_loads_the_same_weights(name, target, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS | FAMILIES)
+@pytest.mark.parametrize("name", ["llama, tied", "qwen, with biases", *FAMILIES])
 def test_the_consumer_computes_the_same(name, dtype, target, tmp_path):
     """transformers, told of the config.json beside the file, since it makes less of the metadata than llama.cpp."""
     model = (MODELS | FAMILIES)[name]()
@@ -422,6 +423,21 @@ def test_every_damaged_byte_of_the_header_is_survived(folder, target):
             GgufFile(folder / FILE)
         except InputError:
             continue
+
+
+def test_a_damaged_file_alone_is_survived_too(folder, target):
+    """Its sizes are believed only as far as the tensors have them, before a model is built of them."""
+    (folder / "config.json").unlink()
+    whole = bytearray((folder / FILE).read_bytes())
+    for place in range(whole.index(b"llama.context"), whole.index(b"tokenizer.ggml"), 29):
+        for bits in (0x01, 0x80):
+            damaged = bytearray(whole)
+            damaged[place] ^= bits
+            (folder / FILE).write_bytes(damaged)
+            try:
+                target.read(folder)
+            except InputError:
+                continue
 
 
 HEADS = b"attention.head_count\x04\0\0\0"

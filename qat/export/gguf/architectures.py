@@ -99,19 +99,21 @@ class Architecture:
         from transformers import AutoConfig
 
         said = {key.removeprefix(f"{self.name}."): value for key, value in file.metadata.items()}
+        _check_sizes(file, said)
         options = {attribute: said[key] for key, attribute in self.keys.items() if key in said}
         options |= {name: file.metadata.get(f"tokenizer.ggml.{key}") for key, name in _IDS.items()}
-        options["vocab_size"] = _vocab_size(file)
+        options["vocab_size"] = file.entries["token_embd.weight"].shape[0]
         options["tie_word_embeddings"] = "output.weight" not in file.entries
-        missing = [key for key in ("block_count", "embedding_length", "attention.head_count") if key not in said]
-        if missing:
-            raise InputError(f"{file.path} does not say its {self.name}.{missing[0]}: put a config.json beside it.")
         options |= {attribute: bias in file.entries for attribute, bias in self.biases.items()}
         if self.rotary:
             options["rope_parameters"] = rope_of(said, file)
         else:
             options["n_inner"] = said.get("feed_forward_length")
-        return AutoConfig.for_model(self.model_types[0], **options)
+        try:
+            return AutoConfig.for_model(self.model_types[0], **options)
+        except Exception as error:  # whatever transformers makes of numbers that nobody checked
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"{file.path} says what no {self.name} is like ({reason}): it is damaged.") from error
 
 
 _HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
@@ -190,8 +192,24 @@ class Names:
         return None
 
 
-def _vocab_size(file: GgufFile) -> int:
-    """Rows of the embedding, which is the one thing that every file says."""
-    if "token_embd.weight" not in file.entries:
-        raise InputError(f"{file.path} has no token_embd.weight: it holds no language model.")
-    return file.entries["token_embd.weight"].shape[0]
+def _check_sizes(file: GgufFile, said: Metadata) -> None:
+    """Refuse sizes that tensors do not have, before a model is built of them.
+
+    Raises:
+        InputError: if there are such.
+    """
+    embedding = file.entries.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(f"{file.path} has no matrix token_embd.weight: it holds no language model.")
+    positions = file.entries.get("position_embd.weight")
+    found = {
+        "embedding_length": embedding.shape[1],
+        "block_count": len({name.split(".")[1] for name in file.entries if name.startswith("blk.")}),
+        "context_length": said.get("context_length") if positions is None else positions.shape[0],
+    }
+    for key, size in found.items():
+        if said.get(key) != size:
+            raise InputError(f"{file.path} is damaged: it says that its {key} is {said.get(key)}, and it is {size}.")
+    heads, width = said.get("attention.head_count"), said.get("attention.key_length", 1)
+    if not isinstance(heads, int) or not isinstance(width, int) or not 0 < heads * width <= file.size:
+        raise InputError(f"{file.path} is damaged: it says that it has {heads} heads of {width}.")

@@ -106,6 +106,11 @@ class GgufFile:
             count *= size
         return name, Entry(known.name, shape, start, count // elements * width)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._data)
+
     def data(self, name: str) -> Tensor:
         """The bytes of the tensor `name`, uint8, in memory of their own."""
         entry = self.entries[name]
