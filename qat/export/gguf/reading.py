@@ -68,7 +68,8 @@ def _compare(file: GgufFile, architecture: Architecture, config: Any) -> None:
     architecture.check(config)
     for key, value in architecture.metadata(config).items():
         said: Any = file.metadata.get(f"{architecture.name}.{key}", value)
-        same = math.isclose(said, value, rel_tol=1e-6) if isinstance(value, float) else said == value
+        both = isinstance(value, float) and isinstance(said, float)
+        same = math.isclose(said, value, rel_tol=1e-6) if both else said == value  # a file has 32 bits
         if not same and key != "context_length":
             raise InputError(f"{file.path} says that its {key} is {said}, and its config.json says {value}.")
 
