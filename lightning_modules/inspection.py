@@ -25,7 +25,7 @@ def main() -> None:
     """Entry point of `qat-inspect`; a word that is no option is the checkpoint."""
     words = sys.argv[1:]
     sys.argv[1:] = [word if "=" in word or word.startswith("-") else f"artifact='{word}'" for word in words]
-    command("inspect", _run)
+    command("inspection", _run)
 
 
 def _run(cfg: DictConfig) -> None:

@@ -17,6 +17,7 @@ NAMES = (
     "pruning",
     "training",
     "dynamics",
+    "export",
     "distillation",
     "evaluation",
     "inference",

@@ -11,6 +11,9 @@ from qat.errors import InputError
 from qat.export.tensor_files import TensorFiles
 from qat.transforms.layers import is_transposed
 
+# Beyond every model there is.
+_MOST_BLOCKS = 4096
+
 
 def empty_model(
     folder: Path, trust_remote_code: bool = False, attention: str | None = None, experts: str | None = None
@@ -32,10 +35,11 @@ def empty_model(
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises of every kind
         raise InputError(
             f"{folder} holds no usable config.json ({error}); pass the architecture as `model`."
         ) from error
+    _check_count(folder, config)
     quantization = getattr(config, "quantization_config", {})
     if quantization:
         del config.quantization_config
@@ -54,6 +58,13 @@ def empty_from(config: Any, trust_remote_code: bool = False, attention: str | No
             config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     return model
+
+
+def _check_count(folder: Path, config: Any) -> None:
+    """Refuse a number of blocks that would take forever to build."""
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if blocks > _MOST_BLOCKS:
+        raise InputError(f"{folder} has {blocks} blocks by its config.json, which is damaged: at most {_MOST_BLOCKS}.")
 
 
 def transposed_layers(model: Any) -> set[str]:

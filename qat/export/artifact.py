@@ -3,6 +3,7 @@
 It loads without Hydra and without any Quantizer, and computes the same logits as the model that was trained.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from qat.transforms.slice_bits import slice_bits
 
 FORMAT_VERSION = 3
 CONFIG = "quant_config.json"
+# By which transformers knows the artifact, once `qat.export.auto` is imported; without it, transformers warns.
+METHOD = "lightning-qat"
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -55,7 +58,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_byte
         raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
     with replaced_folder(folder) as temporary:
-        parts: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer]
+        settings: Any = copy.deepcopy(getattr(model, "config", None))
+        if settings is not None:
+            settings.quantization_config = {"quant_method": METHOD}
+        parts: list[Any] = [settings, getattr(model, "generation_config", None), tokenizer]
         for part in parts:
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(temporary)
@@ -96,20 +102,25 @@ def load(
     """
     folder = Path(folder)
     check_artifact(folder)
-    config = _read_config(folder)
+    config = read_config(folder / CONFIG)
     _check_sums(folder, config["sha256"])
     files = TensorFiles(folder)
     tensors = {name: files[name] for name in files}
     if model is None:
         model, _ = empty_model(folder, trust_remote_code, config.get("attention"), config.get("experts"))
-    conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
-    for name, description in config["layers"].items():
-        replace(model, name, _allocate(name, description, model))
+    pack_layers(model, config)
     restore_kv(model, config.get("kv"))
     _fill(model, tensors, config["tied"])
     if bits is not None:
         slice_bits(model, bits)
     return model.eval()
+
+
+def pack_layers(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Put packed layers, their buffers empty, in the place of the plain ones that `quant_config.json` names."""
+    conv1d_to_linear(model)  # as `prepare` did, so that full-precision layers of GPT-2 fit too
+    for name, description in config["layers"].items():
+        replace(model, name, _allocate(name, description, model))
 
 
 def bits_per_weight(model: nn.Module) -> float:
@@ -242,17 +253,22 @@ def check_artifact(folder: str | Path) -> None:
         raise InputError(f"{folder} is not an artifact of this project: it has no {CONFIG}.")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What `quant_config.json` says.
+
+    Raises:
+        InputError: if it is damaged, or was written by a newer version.
+    """
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        config: dict[str, Any] = json.loads(Path(path).read_text())
         version = config["format_version"]
         absent = {"sha256", "tied", "layers"} - set(config)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG} is damaged ({error}). Export the run again.") from error
+        raise InputError(f"{path} is damaged ({error}). Export the run again.") from error
     if version > FORMAT_VERSION:
-        raise InputError(f"{folder} has format_version {version}, this version reads up to {FORMAT_VERSION}: upgrade.")
+        raise InputError(f"{path} has format_version {version}, this version reads up to {FORMAT_VERSION}: upgrade.")
     if absent:
-        raise InputError(f"{folder / CONFIG} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
+        raise InputError(f"{path} is damaged (no {', '.join(sorted(absent))}). Export the run again.")
     return config
 
 

@@ -1,6 +1,8 @@
 """Open whatever a folder holds: an artifact, or a checkpoint or GGUF file that this or another tool quantized."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -37,11 +39,24 @@ def load(
     if target is None:
         artifact.check_artifact(folder)
         raise InputError(f"{folder} holds a model in full precision: quantize it by model=hf model.name={folder}")
-    if isinstance(target, Native):
-        return artifact.load(folder, model, trust_remote_code, bits)
-    if model is not None or bits is not None:
+    if not isinstance(target, Native) and (model is not None or bits is not None):
         raise InputError(f"An architecture and bits are for artifacts, and {folder} is {target.title}.")
-    return target.read(folder, trust_remote_code)
+    with _damaged(folder):
+        if isinstance(target, Native):
+            return artifact.load(folder, model, trust_remote_code, bits)
+        return target.read(folder, trust_remote_code)
+
+
+@contextmanager
+def _damaged(folder: str | Path) -> Iterator[None]:
+    """Whatever a file that nobody checked makes readers and transformers stumble over is one clear error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise InputError(f"{folder} cannot be read ({reason}). It is damaged: fetch or export it again.") from error
 
 
 def target_of(folder: str | Path) -> Target | None:
@@ -51,11 +66,13 @@ def target_of(folder: str | Path) -> Target | None:
         InputError: if it is quantized in a way that is not known here.
     """
     folder = Path(folder)
-    if (folder / artifact.CONFIG).is_file():
+    if (folder / artifact.CONFIG).is_file():  # whose model may have no config.json
         return Native()
     if holds_gguf(folder):
         return Gguf()
     method = _quant_method(folder / "config.json")
+    if method == artifact.METHOD:
+        return Native()
     if method is None:
         return None
     if method not in LAYOUTS:

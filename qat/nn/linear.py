@@ -61,11 +61,14 @@ class PackedLinear(PackedLayer):
         return linear_by_rows(x, self.out_features, self.in_features, bias, rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moved to a GPU, the weight takes the order of kernels: a compiler could not put it there."""
         super()._apply(fn, recurse)
+        self.put_in_order()
+        return self
+
+    def put_in_order(self) -> None:
+        """On a GPU let the weight take the order of kernels now: a compiler could not put it there."""
         if takes(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)):
             self.weight.tiled()
-        return self
 
     def plain(self, dtype: torch.dtype) -> nn.Module:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

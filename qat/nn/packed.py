@@ -29,8 +29,8 @@ class PackedTensor(KeepsDtype):
     model changes the dtype that a weight is dequantized to, as it would change the weight, and no stored number.
 
     Codes are stored row by row, as artifacts have them. What multiplies by the tensor on a GPU asks for `tiled`, which
-    puts them into the order of its kernels, once, and keeps no others. Whoever needs the artifact's order gets it back:
-    state dicts, casts and moves between devices.
+    puts them into the order of its kernels, once, and keeps no others. Casts and moves between devices bring the
+    artifact's order back; state dicts have it always.
 
     Args:
         description: what `describe` returns; the buffers are allocated from it and filled by `load_state_dict`.
@@ -72,6 +72,9 @@ class PackedTensor(KeepsDtype):
         return packed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedTensor":
+        here = torch.empty(0, dtype=self.dtype, device=self.device)
+        if self._tiled is not None and fn(here) is here:
+            return self  # it moves and casts nothing
         self.to_rows()
         super()._apply(fn, recurse)
         self._set_dtype(fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype)
@@ -114,7 +117,7 @@ class PackedTensor(KeepsDtype):
     def to_rows(self) -> None:
         """Put codes back into the order of artifacts."""
         if self._tiled is not None:
-            self.codes = pack(tile_order.codes_of(self._tiled, self.format), self.format)
+            self.codes = tile_order.pack_rows(self._tiled, self.format)
             self._tiled = None
         self._tiles_refused = False
 
@@ -124,9 +127,10 @@ class PackedTensor(KeepsDtype):
         own = self.codes[first * columns // 8 * bits : packed_bytes(last * columns, bits)]
         return unpack(own, self.format, (last - first, columns))
 
-    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.to_rows()
-        super()._save_to_state_dict(*arguments, **options)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tiled is not None:  # which stays: a recorded graph may read it
+            destination[f"{prefix}codes"] = tile_order.pack_rows(self._tiled, self.format)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         self.to_rows()

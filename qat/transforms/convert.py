@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from qat.errors import InputError
-from qat.nn import PackedTensor, QuantLayer, StoredActivation
+from qat.nn import PackedLinear, PackedTensor, QuantLayer, StoredActivation
 from qat.nn.kv_quantizer import kv_layers
 from qat.quantizers import Quantizer
 from qat.transforms.kv import store_kv
@@ -33,6 +33,8 @@ def convert(model: nn.Module) -> nn.Module:
         write_zeros(layer)
         new = _packed_layer(name, layer, packed) if layer.packs else layer.plain()
         replace(model, name, new.train(layer.training))
+        if isinstance(new, PackedLinear):
+            new.put_in_order()
     return store_kv(model)
 
 

@@ -108,9 +108,12 @@ def test_tile_order_and_back(factory, shape):
     assert torch.equal(tensor.dequantize(), before.dequantize())
     rows = torch.tensor([5, 23, 5, 0])
     assert torch.equal(tensor.dequantize_rows(rows), before.dequantize()[rows])
+    tiled = tensor.tiled()
     found = tensor.state_dict()
     assert found.keys() == before.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in before.state_dict().items())
+    assert tensor.tiled() is tiled  # a recorded graph may read it
+    assert tensor.to(tensor.device).tiled() is tiled
     tensor.tiled()
     assert torch.equal(tensor.to(torch.bfloat16).codes, before.codes)
     tensor.tiled()

@@ -96,8 +96,8 @@ def _ready_dequantize(layout: Layout, dtype: torch.dtype, wide_scales: bool, one
 @lru_cache(KEPT)
 def _ready_order(tokens: int, words: int, stride: int, steps: int) -> Launch:
     width = steps * STEP_COLUMNS // 2
-    constants = {"WORDS": words, "STRIDE": stride, "WIDTH": width, "BLOCK": _ORDER_WORDS}
-    return _launch(wide.order, tokens * -(-width // _ORDER_WORDS), (), constants)
+    constants = {"WORDS": words, "WIDTH": width, "BLOCK": _ORDER_WORDS}
+    return _launch(wide.order, tokens * -(-width // _ORDER_WORDS), (stride,), constants)
 
 
 def _launch(kernel: Any, programs: int, numbers: tuple[int, ...], constants: dict[str, Any], **options: int) -> Launch:

@@ -1,7 +1,7 @@
 """A packed weight as kernels read it, and back."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from qat.kernels.quantized_linear.tiles import (
 )
 from qat.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat, LevelFormat
 from qat.numerics.granularity import Granularity, PerChannel, PerGroup, PerTensor, PerToken
+from qat.numerics.packing import pack, packed_bytes
 from qat.numerics.qtensor import QParams, QuantizedTensor
 
 # Entries of a grid table are whole numbers over this.
@@ -117,6 +118,20 @@ def blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int,
     count = max(TILE_ROWS, values // columns // TILE_ROWS * TILE_ROWS)
     for first in range(0, rows, count):
         yield first, min(first + count, rows)
+
+
+def pack_rows(weight: TiledWeight, format: Format) -> Tensor:
+    """The packed codes that `tiled_by_rows` was given, uint8, row by row; a block of rows after the other."""
+    rows, columns = weight.layout[:2]
+    packed = torch.empty(packed_bytes(rows * columns, format.bits), dtype=torch.uint8, device=weight.tiles.device)
+    for first, last in blocks(rows, columns, weight.tiles.device):
+        tiles = weight.tiles[first // TILE_ROWS : -(-last // TILE_ROWS)]
+        block = replace(weight, tiles=tiles, layout=weight.layout._replace(rows=last - first))
+        # Sixteen rows are whole bytes, of any number of bits.
+        start = first * columns * format.bits // 8
+        own = pack(codes_of(block, format), format)
+        packed[start : start + len(own)] = own
+    return packed
 
 
 def codes_of(weight: TiledWeight, format: Format) -> Tensor:

@@ -319,14 +319,15 @@ def dequantize(
 
 
 @triton.jit
-def order(x, y, WORDS: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """x `[tokens, WORDS]`, whose rows are STRIDE apart, in the tensor core's order, `[tokens, WIDTH]` with zeros.
+def order(x, y, stride, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """x `[tokens, WORDS]` in the tensor core's order, `[tokens, WIDTH]` with zeros.
 
-    In words of two columns: word 16 i + 4 t + 2 s + v of x is word 16 i + 8 s + 4 v + t of y.
+    Rows of x are `stride` apart, a multiple of 4. In words of two columns: word 16 i + 4 t + 2 s + v of x is word
+    16 i + 8 s + 4 v + t of y.
     """
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    words = tl.load(x + token * STRIDE + at, mask=at < WORDS, other=0)
+    words = tl.load(x + token * tl.multiple_of(stride, 4) + at, mask=at < WORDS, other=0)
     words = tl.permute(tl.reshape(words, [BLOCK // 16, 4, 2, 2]), (0, 2, 3, 1))
     tl.store(y + token * WIDTH + at, tl.reshape(words, [BLOCK]), mask=at < WIDTH)

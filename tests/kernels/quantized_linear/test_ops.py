@@ -9,9 +9,17 @@ from qat.kernels.quantized_linear.launches import Dequantize, Ring, Skinny, Wide
 from qat.kernels.quantized_linear.layout import GRID_TABLE, TABLE, Layout
 from qat.kernels.quantized_linear.weight import codes_of, table_words, tiled
 from qat.nn import PackedTensor
+from qat.numerics.packing import pack
 from qat.numerics.qtensor import QParams
 from qat.quantizers import KMeansQuantizer
 from tests.kernels.quantized_linear.weights import KINDS, ids, quantized, weight_like
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=ids)
+def test_rows_are_packed_in_blocks(monkeypatch, kind):
+    monkeypatch.setattr(weight, "_CPU_BLOCK", 16 * 256)
+    q = quantized(kind, (41, 256))
+    assert torch.equal(weight.pack_rows(tiled(q), q.format), pack(q.codes, q.format))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32, torch.float16])
