@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
+from qat.export.gguf.target import Gguf
 from qat.export.layouts.gptq import Gptq
 from qat.export.native import Native
 from qat.export.targets import Target
@@ -27,6 +28,7 @@ INT4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
 TARGETS: dict[str, tuple[Target, Any]] = {
     "native": (Native(), INT4),
     "gptq": (Checkpoint(Gptq()), INT4),
+    "gguf": (Gguf(), partial(INT4, scale_dtype="float16")),
 }
 # What a number or a word in a JSON file is replaced by.
 _VALUES = (None, -1, 0, 1, 3, 2**31, 1e300, "", "x", "../x", [], {}, True)
