@@ -31,8 +31,7 @@ def empty_model(
     Raises:
         InputError: if there is no usable `config.json`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -46,11 +45,19 @@ def empty_model(
         del config.quantization_config
     if experts is not None:
         config._experts_implementation = experts  # the one that trained: others sum in another order
+    return empty_from(config, trust_remote_code, attention), quantization
+
+
+def empty_from(config: Any, trust_remote_code: bool = False, attention: str | None = None) -> nn.Module:
+    """Build the causal LM of a configuration, as `empty_model` does."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=config.dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
-    return model, quantization
+    return model
 
 
 def _check_count(folder: Path, config: Any) -> None:

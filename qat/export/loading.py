@@ -1,4 +1,4 @@
-"""Open whatever a folder holds: an artifact, or a checkpoint that this or another tool quantized."""
+"""Open whatever a folder holds: an artifact, or a checkpoint or GGUF file that this or another tool quantized."""
 
 import json
 from collections.abc import Iterator
@@ -11,8 +11,11 @@ from torch import nn
 from qat.errors import InputError, nearest
 from qat.export import artifact
 from qat.export.checkpoint import Checkpoint
+from qat.export.gguf.target import Gguf, holds_gguf
 from qat.export.layouts import LAYOUTS
 from qat.export.native import Native
+from qat.export.onnx import MODEL
+from qat.export.onnx.target import Onnx
 from qat.export.targets import Target
 
 
@@ -22,7 +25,7 @@ def load(
     """Read a quantized model: what `save` or an export wrote, or a checkpoint of another tool in one of those layouts.
 
     Args:
-        folder: of the model.
+        folder: of the model; or a GGUF file.
         model: for an artifact, the unquantized architecture to fill, its weights being ignored. Default: built from
             `config.json` by transformers.
         trust_remote_code: run model code that `config.json` names.
@@ -68,6 +71,10 @@ def target_of(folder: str | Path) -> Target | None:
     folder = Path(folder)
     if (folder / artifact.CONFIG).is_file():  # whose model may have no config.json
         return Native()
+    if holds_gguf(folder):
+        return Gguf()
+    if (folder / MODEL).is_file():
+        return Onnx()
     config = _quantization_config(folder / "config.json")
     if config is None:
         return None

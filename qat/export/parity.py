@@ -139,6 +139,11 @@ def _check_others(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], quan
 def _check_same(name: str, ours: QuantizedTensor, theirs: QuantizedTensor) -> None:
     if not torch.equal(ours.codes, theirs.codes.to(ours.codes.device)):
         raise GridContractError(f"The codes of {name} are not those that were trained.")
+    renamed = ours.format != theirs.format  # GGUF has no table of -1, 0 and 1, but three levels
+    if renamed and not torch.equal(ours.dequantize(), theirs.dequantize().to(ours.codes.device)):
+        raise GridContractError(f"The codes of {name} do not stand for what they were trained as.")
     for field, mine, other in zip(QParams._fields, ours.qparams.for_view(), theirs.qparams.for_view(), strict=True):
+        if field == "codebook" and renamed:
+            continue
         if not (mine is other if mine is None or other is None else torch.equal(mine, other.to(mine.device))):
             raise GridContractError(f"The {field} of {name} is not what was trained.")

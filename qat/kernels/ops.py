@@ -21,7 +21,7 @@ from qat.kernels.siblings import once_for_siblings
 from qat.numerics.dynamic import DYNAMIC_RULES, check_rule
 from qat.numerics.formats import Format, VectorFormat, parse_format
 from qat.numerics.granularity import Granularity
-from qat.numerics.qtensor import QParams, ViewParams, codes_shape, elements_shape
+from qat.numerics.qtensor import QParams, QuantizedTensor, ViewParams, codes_shape, elements_shape
 from qat.numerics.ste import straight_through
 from qat.scratch import scratch
 
@@ -342,6 +342,8 @@ def quantize(x: Tensor, qparams: QParams, format: Format, granularity: Granulari
 
 def dequantize(codes: Tensor, qparams: QParams, format: Format, granularity: Granularity, dtype: torch.dtype) -> Tensor:
     """Values of `codes`, shaped like the tensor that was quantized."""
+    if qparams.offset is not None:  # no kernel adds one: only files that others wrote hold such weights
+        return QuantizedTensor(codes, qparams, format, granularity, dtype).dequantize()
     view = granularity.of_codes(format.block).view(codes)
     out = torch.empty(elements_shape(view.shape, format), dtype=dtype, device=codes.device)
     dequantize_view_(view, out, *grid_of(qparams, format, len(view)))

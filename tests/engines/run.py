@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import qat
 from lightning_modules.models import load_smollm2
 from qat.export.checkpoint import Checkpoint
+from qat.export.gguf.target import Gguf
 from qat.export.layouts.gptq import Gptq
 from qat.export.targets import Target
-from qat.quantizers import LSQQuantizer, MinMaxQuantizer
+from qat.quantizers import LSQQuantizer, MicroscalingQuantizer, MinMaxQuantizer
 from tests.conftest import tiny_tokenizer
 from tests.engines.environments import ENGINES, Unavailable, ask
 from tests.export.exported import MODELS
@@ -49,11 +50,15 @@ class Case(NamedTuple):
 
 
 INT4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
+HALF = {"granularity": "per_group_32", "scale_dtype": "float16"}
 UINT4 = partial(MinMaxQuantizer, bits=4, granularity="per_group_32", symmetric=False)
 CASES = {
     "GPTQ int4 in vLLM": Case("vllm", Checkpoint(Gptq()), INT4, 1e-3),
     "GPTQ int4 in GPTQModel": Case("gptqmodel", Checkpoint(Gptq()), INT4, 1e-3),
     "GPTQ uint4 in GPTQModel": Case("gptqmodel", Checkpoint(Gptq()), UINT4, 1e-3),
+    "GGUF Q4_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(LSQQuantizer, bits=4, **HALF), 1e-2),
+    "GGUF Q8_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(MinMaxQuantizer, bits=8, **HALF), 1e-2),
+    "GGUF MXFP4 in llama.cpp": Case("llama_cpp", Gguf(), MicroscalingQuantizer, 1e-2),
 }
 
 

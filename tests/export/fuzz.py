@@ -18,8 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qat
 from qat.errors import InputError
 from qat.export.checkpoint import Checkpoint
+from qat.export.gguf.target import Gguf
 from qat.export.layouts import Awq, BitsAndBytes, CompressedTensors, Gptq, LlmInt8, ModelOpt
 from qat.export.native import Native
+from qat.export.onnx.target import Onnx
 from qat.export.targets import Target
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, NoQuantizer, TableQuantizer
 
@@ -38,6 +40,8 @@ TARGETS: dict[str, tuple[Target, Any, Any]] = {
     "bitsandbytes": (Checkpoint(BitsAndBytes()), NF4, None),
     "llm_int8": (Checkpoint(LlmInt8()), INT8, TOKEN),
     "modelopt": (Checkpoint(ModelOpt()), FP8, FP8_TOKEN),
+    "onnx": (Onnx(), INT4, None),
+    "gguf": (Gguf(), partial(INT4, scale_dtype="float16"), None),
 }
 # What a number or a word in a JSON file is replaced by.
 _VALUES = (None, -1, 0, 1, 3, 2**31, 1e300, "", "x", "../x", [], {}, True)

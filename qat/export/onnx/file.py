@@ -13,9 +13,9 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from qat.errors import InputError
+from qat.export.onnx import DATA, MODEL
 from qat.export.onnx.tensors import TORCH_DTYPES, to_torch
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 _KEY = "qat"
 # Smaller tensors stand in the graph, where what infers shapes finds them.
 _SMALL = 1024

@@ -12,8 +12,10 @@ from torch import nn
 from qat.atomic import recover, replaced_folder
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill
+from qat.export.consumers import Consumer, onnxruntime_consumer
 from qat.export.grids import LayerGrid, layer_grids
 from qat.export.layouts.base import Misfit
+from qat.export.onnx import DATA, MODEL
 from qat.export.targets import Target, refuse
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
 from qat.nn.kv_quantizer import kv_layers
@@ -73,7 +75,7 @@ class Onnx(Target):
                 yield from activation_misfits(role, activation)
 
     def write(self, model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
-        from qat.export.onnx.file import DATA, MODEL, write_model
+        from qat.export.onnx.file import write_model
         from qat.export.onnx.graph import to_graph
 
         self.check(model)
@@ -109,6 +111,9 @@ class Onnx(Target):
         tensors: Any = file  # `fill` asks for tensors by name, and for no more
         fill(model, tensors, set())
         return model.eval()
+
+    def consumer(self, folder: Path) -> Consumer:
+        return onnxruntime_consumer(folder / MODEL)
 
 
 def _describe(layer: PackedLinear) -> dict[str, Any]:
