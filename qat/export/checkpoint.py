@@ -107,7 +107,10 @@ class Checkpoint(Target):
         model, config = empty_model(folder, trust_remote_code)
         if not self.layout.wrote(config):
             method = config.get("quant_method")
-            raise InputError(f"{folder} is no {self.title} checkpoint: its config.json has the quant_method {method}.")
+            raise InputError(
+                f"{folder} is no {self.title} checkpoint: the quant_method of its config.json is {method}. Open it by "
+                "qat.load, which finds out what it is."
+            )
         transposed = transposed_layers(model)
         conv1d_to_linear(model)
         for name, leaves in self._leaves(files).items():

@@ -5,10 +5,11 @@ reported by name, and the command fails.
 """
 
 import argparse
+import copy
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +18,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import qat
+from benchmarks.record import record
 from lightning_modules.models import load_smollm2
 from qat.export.checkpoint import Checkpoint
 from qat.export.gguf.target import Gguf
-from qat.export.layouts.gptq import Gptq
+from qat.export.layouts import Awq, CompressedTensors, Gptq
 from qat.export.targets import Target
-from qat.quantizers import LSQQuantizer, MicroscalingQuantizer, MinMaxQuantizer
+from qat.quantizers import LSQQuantizer, MicroscalingQuantizer, MinMaxQuantizer, NoQuantizer
 from tests.conftest import tiny_tokenizer
 from tests.engines.environments import ENGINES, Unavailable, ask
-from tests.export.exported import MODELS
 
 # Likeliest tokens of each position that are compared.
 COUNT = 20
@@ -38,7 +40,7 @@ class Case(NamedTuple):
     """What is exported, and to which engine.
 
     engine, target: who reads what.
-    weight: the quantizer of weights.
+    weight, input: quantizers.
     most_kl: what the engine may diverge, in nats a token: it computes in bfloat16 with sums in another order, or
         quantizes activations on its own.
     """
@@ -46,33 +48,67 @@ class Case(NamedTuple):
     engine: str
     target: Target
     weight: Callable[..., Any]
+    input: Callable[..., Any] | None
     most_kl: float
 
 
 INT4 = partial(LSQQuantizer, bits=4, granularity="per_group_32")
-HALF = {"granularity": "per_group_32", "scale_dtype": "float16"}
 UINT4 = partial(MinMaxQuantizer, bits=4, granularity="per_group_32", symmetric=False)
+INT8 = partial(MinMaxQuantizer, bits=8, granularity="per_channel")
+TOKEN = partial(MinMaxQuantizer, bits=8, granularity="per_token", scale_dtype="float32")
+HALF = {"granularity": "per_group_32", "scale_dtype": "float16"}
+GPTQ, AWQ, PACKED = Checkpoint(Gptq()), Checkpoint(Awq()), Checkpoint(CompressedTensors())
 CASES = {
-    "GPTQ int4 in vLLM": Case("vllm", Checkpoint(Gptq()), INT4, 1e-3),
-    "GPTQ int4 in GPTQModel": Case("gptqmodel", Checkpoint(Gptq()), INT4, 1e-3),
-    "GPTQ uint4 in GPTQModel": Case("gptqmodel", Checkpoint(Gptq()), UINT4, 1e-3),
-    "GGUF Q4_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(LSQQuantizer, bits=4, **HALF), 1e-2),
-    "GGUF Q8_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(MinMaxQuantizer, bits=8, **HALF), 1e-2),
-    "GGUF MXFP4 in llama.cpp": Case("llama_cpp", Gguf(), MicroscalingQuantizer, 1e-2),
+    "GPTQ int4 in vLLM": Case("vllm", GPTQ, INT4, None, 1e-3),
+    "AWQ uint4 in vLLM": Case("vllm", AWQ, UINT4, None, 1e-3),
+    "compressed-tensors W4A16 in vLLM": Case("vllm", PACKED, INT4, None, 1e-3),
+    "compressed-tensors W8A8 in vLLM": Case("vllm", PACKED, INT8, TOKEN, 1e-2),
+    "GPTQ int4 in GPTQModel": Case("gptqmodel", GPTQ, INT4, None, 1e-3),
+    "GPTQ uint4 in GPTQModel": Case("gptqmodel", GPTQ, UINT4, None, 1e-3),
+    "AWQ uint4 in GPTQModel": Case("gptqmodel", AWQ, UINT4, None, 1e-3),
+    "GGUF Q4_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(LSQQuantizer, bits=4, **HALF), None, 1e-2),
+    "GGUF Q8_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(MinMaxQuantizer, bits=8, **HALF), None, 1e-2),
+    "GGUF MXFP4 in llama.cpp": Case("llama_cpp", Gguf(), MicroscalingQuantizer, None, 1e-2),
 }
+# Heads of 32 numbers, the fewest that vLLM has on a CPU.
+SIZES = {
+    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
-def models() -> Iterator[tuple[str, nn.Module, Any, Tensor]]:
-    """Every model in bfloat16, with its tokenizer and tokens to read."""
+class Read(NamedTuple):
+    """A model in bfloat16, its tokenizer, and token ids `[batch, tokens]` to read."""
+
+    model: nn.Module
+    tokenizer: Any
+    ids: Tensor
+
+
+def smollm2() -> Read:
+    """SmolLM2, reading this project's own documentation."""
     loaded = load_smollm2("~/.cache/lightning-qat", "bfloat16")
     ids = loaded.tokenizer((ROOT / "docs" / "architecture.md").read_text())["input_ids"][:512]
-    yield "SmolLM2-135M", loaded.model, loaded.tokenizer, torch.tensor(ids).view(2, 256)
-    for name, make in MODELS.items():
-        torch.manual_seed(0)
-        model = make().eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-        yield name, model, tiny_tokenizer(), torch.randint(0, 96, (2, 32), generator=torch.Generator().manual_seed(1))
+    return Read(loaded.model, loaded.tokenizer, torch.tensor(ids).view(2, 256))
+
+
+def tiny(make: Callable[[], nn.Module]) -> Read:
+    """A random model, reading random tokens."""
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return Read(model, tiny_tokenizer(), torch.randint(0, SIZES["vocab_size"], (2, 32)))
+
+
+MODELS: dict[str, Callable[[], Read]] = {
+    "SmolLM2-135M": smollm2,
+    "tiny Llama": lambda: tiny(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))),
+    "tiny Qwen2": lambda: tiny(lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES))),
+    "tiny GPT-2": lambda: tiny(
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=128, n_layer=2, n_head=4))
+    ),
+}
 
 
 class Found(NamedTuple):
@@ -111,49 +147,57 @@ def _kl(log_p: Tensor, other: dict[str, float]) -> float:
 
 
 @torch.no_grad()
-def run(case: Case, model: nn.Module, tokenizer: Any, ids: Tensor) -> tuple[str, Found]:
-    """Quantize a copy of `model`, export it, and ask the engine."""
-    import copy
-
-    packed: Any = qat.convert(qat.prepare(copy.deepcopy(model).eval(), qat.Scheme(weight=case.weight)))
-    ours = packed(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+def run(case: Case, read: Read) -> dict[str, Any]:
+    """Quantize a copy of the model, export it, and ask the engine; a row of the report."""
+    scheme = qat.Scheme(weight=case.weight, input=case.input or NoQuantizer)
+    packed: Any = qat.convert(qat.prepare(copy.deepcopy(read.model).eval(), scheme))
+    ours = packed(input_ids=read.ids, use_cache=False).logits.float().log_softmax(-1)
     with tempfile.TemporaryDirectory() as place:
-        folder = case.target.write(packed, Path(place) / "model", tokenizer)
-        request = {"folder": str(folder), "ids": ids.tolist(), "count": COUNT, "dtype": "bfloat16"}
+        folder = case.target.write(packed, Path(place) / "model", read.tokenizer)
+        request = {"folder": str(folder), "ids": read.ids.tolist(), "count": COUNT, "dtype": "bfloat16"}
         answer = ask(case.engine, request)
-    return answer["version"], compare(ours, answer["log_p"], ids)
+    found = compare(ours, answer["log_p"], read.ids)
+    return {"engine": answer["version"], **found._asdict(), "most_kl": case.most_kl, "passed": found.kl <= case.most_kl}
+
+
+def attempt(title: str, name: str, read: Read) -> dict[str, Any]:
+    """`run`, or why there is nothing to run: an engine that cannot be had, or a grid or model that is refused."""
+    try:
+        found = run(CASES[title], read)
+    except qat.InputError as error:
+        found = {"refused": str(error), "passed": True}
+    except (Unavailable, RuntimeError) as error:
+        found = {"failed": str(error), "passed": False}
+    print(f"{title}, {name}: {found}", flush=True)
+    return {"export": title, "model": name} | found
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """What is shown at the end."""
+    table = Table(title="exports in their engines")
+    for heading in ("export", "model", "engine", "KL", "same top-1", "delta NLL", ""):
+        table.add_column(heading)
+    for row in rows:
+        figures = ["", "", "", row.get("refused", row.get("failed", "")).splitlines()[:1]]
+        if "kl" in row:
+            figures = [f"{row['kl']:.1e}", f"{row['top1_agreement']:.2%}", f"{row['delta_nll']:+.1e}", []]
+        told = "" if row["passed"] and "kl" in row else " ".join(figures[3])[:60] or "differs"
+        table.add_row(row["export"], row["model"], row.get("engine", ""), *figures[:3], told)
+    return table
 
 
 def main() -> int:
-    """All cases of the engines that are asked for; 1 if one failed or an engine is absent."""
+    """All cases of the engines that are asked for; 1 if one differs or fails, or its engine is absent."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engines", nargs="*", default=list(ENGINES), help=f"of {', '.join(ENGINES)}")
-    parser.add_argument("--models", nargs="+", default=None, help="names of the models, all if left out")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     options = parser.parse_args()
-    table, failures = Table(title="exports in their engines"), []
-    for heading in ("export", "model", "engine", "KL", "same top-1", "delta NLL"):
-        table.add_column(heading)
-    for name, model, tokenizer, ids in models():
-        if options.models and name not in options.models:
-            continue
-        for title, case in CASES.items():
-            if case.engine not in options.engines:
-                continue
-            try:
-                version, found = run(case, model, tokenizer, ids)
-            except (Unavailable, RuntimeError, qat.InputError) as error:
-                failures.append(f"{title}, {name}: {error}")
-                print(f"FAILED {failures[-1]}", flush=True)
-                continue
-            figures = f"{found.kl:.1e}", f"{found.top1_agreement:.2%}", f"{found.delta_nll:+.1e}"
-            print(f"{title}, {name}: KL {figures[0]}, same top-1 {figures[1]}", flush=True)
-            table.add_row(title, name, version, *figures)
-            if found.kl > case.most_kl:
-                failures.append(f"{title}, {name}: KL {found.kl:.1e}, at most {case.most_kl:.0e}")
-    Console(width=140).print(table)
-    for failure in failures:
-        print(f"FAILED {failure}")
-    return int(bool(failures))
+    asked = [title for title, case in CASES.items() if case.engine in options.engines]
+    rows = [attempt(title, name, read) for name in options.models for read in [MODELS[name]()] for title in asked]
+    Console(width=160).print(table_of(rows))
+    if asked == list(CASES) and options.models == list(MODELS):
+        record("export_engines", "python -m tests.engines.run", rows, ("compressed-tensors", "gguf"))
+    return int(not all(row["passed"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def test_damaged_tensors_are_refused(leaf, change, message, target, tmp_path):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit=False; only True"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "is no bitsandbytes checkpoint"),
         ({"bnb_4bit_quant_type": "fp4"}, "quant_type=fp4; only nf4"),
         ({"quant_method": "gptq"}, "is no bitsandbytes checkpoint.*gptq"),
     ],

@@ -11,6 +11,7 @@ from qat.export.checkpoint import Checkpoint
 from qat.export.layouts.gptq import Gptq
 from qat.export.tensor_files import TensorFiles
 from qat.quantizers import LSQQuantizer, MinMaxQuantizer, TableQuantizer
+from tests.conftest import tiny_llama
 from tests.export.exported import MODELS, converted, logits, quantization, same_codes, same_files, token_ids
 
 WEIGHTS = {
@@ -85,6 +86,23 @@ def test_layers_of_other_bits_and_without_any(target, tmp_path):
     assert dynamic["+:^model\\.layers\\.1\\.mlp\\.down_proj$"] == {"bits": 8, "group_size": 32, "sym": True}
     assert same_codes(model, read)
     assert torch.equal(logits(read, token_ids()), logits(model, token_ids()))
+
+
+def test_a_quantized_head_is_said(target, tmp_path):
+    torch.manual_seed(0)
+    model = qat.convert(
+        qat.prepare(tiny_llama(tie_word_embeddings=False).eval(), qat.Scheme(weight=WEIGHTS["int4"], head=True))
+    )
+    read = target.read(target.write(model, tmp_path / "gptq"))
+    assert quantization(tmp_path / "gptq")["lm_head"] is True
+    assert same_codes(model, read)
+
+
+@pytest.mark.parametrize("weight", ["int4", "uint4"])
+def test_who_wrote_zero_points_is_said(weight, target, tmp_path):
+    """GPTQModel takes asymmetric checkpoints of the first version from no older tool."""
+    said = quantization(target.write(converted("llama, tied", WEIGHTS[weight]), tmp_path / "gptq"))
+    assert said.get("meta") == ({"quantizer": ["gptqmodel:0.9.0"]} if weight == "uint4" else None)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ from qat.numerics.qtensor import QParams, QuantizedTensor
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 32, 64, 128)
 _HEAD = "lm_head"
+# Older tools stored zero points wrongly. GPTQModel takes them from no other producer, so the entry names the version
+# whose format this is.
+_FORMAT_OF = "gptqmodel:0.9.0"
 
 
 class Gptq(Layout):
@@ -66,14 +69,10 @@ class Gptq(Layout):
         common = max(own.values(), key=list(own.values()).count)
         dynamic: Config = {f"-:^{re.escape(name)}$": {} for name in others if name != _HEAD}
         dynamic |= {f"+:^{re.escape(name)}$": options for name, options in own.items() if options != common}
-        version = "gptq" if all(_fits_first_version(layer) for layer in layers.values()) else "gptq_v2"
-        config = {
-            "quant_method": self.method,
-            **common,
-            "desc_act": False,
-            "lm_head": False,
-            "checkpoint_format": version,
-        }
+        config = {"quant_method": self.method, **common, "desc_act": False, "lm_head": _HEAD in layers}
+        config["checkpoint_format"] = "gptq" if all(map(_fits_first_version, layers.values())) else "gptq_v2"
+        if not common["sym"]:
+            config["meta"] = {"quantizer": [_FORMAT_OF]}
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def tensors(self, layer: PackedLinear, config: Config) -> Iterator[tuple[str, Tensor]]:
