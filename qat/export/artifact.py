@@ -3,7 +3,6 @@
 It loads without Hydra and without any Quantizer, and computes the same logits as the model that was trained.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.atomic import recover, replaced_folder
+from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.architecture import empty_model
+from qat.export.model_folder import model_folder
 from qat.export.tensor_files import SHARD_BYTES, WEIGHTS, TensorFiles, write_tensors
 from qat.nn import PACKED_LAYERS, PackedLayer, PackedTensor, QuantLayer, StoredActivation
 from qat.nn.attention import PREFIX
@@ -54,25 +54,17 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None, shard_byte
     kv = describe_kv(model)
     if not layers and kv is None:
         raise InputError("Nothing to save: no layer stores codes. Call qat.convert(model) first.")
-    if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / CONFIG).is_file():
-        raise InputError(f"{folder} holds other files, which saving would replace: choose a new or an empty folder.")
     tensors, tied = _unique_tensors(model)
-    with replaced_folder(folder) as temporary:
-        settings: Any = copy.deepcopy(getattr(model, "config", None))
-        if settings is not None:
-            settings.quantization_config = {"quant_method": METHOD}
-        parts: list[Any] = [settings, getattr(model, "generation_config", None), tokenizer]
-        for part in parts:
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained(temporary)
+    method = {"quant_method": METHOD}
+    with model_folder(folder, CONFIG, model, tokenizer, quantization_config=method) as temporary:
         files = write_tensors(temporary, lambda: iter(tensors.items()), shard_bytes)
         config = {
             "format_version": FORMAT_VERSION,
             "bits_per_weight": bits_per_weight(model) if layers else None,
             "density": density(model) if layers else None,
             "sha256": {name: _sha256(temporary / name) for name in files},
-            "attention": _attention(parts[0]),
-            "experts": getattr(parts[0], "_experts_implementation", None),
+            "attention": _attention(getattr(model, "config", None)),
+            "experts": getattr(getattr(model, "config", None), "_experts_implementation", None),
             "tied": tied,
             "layers": {name: _describe(layer) for name, layer in layers.items()},
             "kv": kv,

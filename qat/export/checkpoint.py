@@ -4,22 +4,21 @@ The folder holds `config.json` with a `quantization_config`, safetensors, the ge
 the tensors of a quantized layer look is the business of a `Layout`.
 """
 
-import copy
 import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qat.atomic import recover, replaced_folder
+from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill, transposed_layers
 from qat.export.consumers import Consumer, NotInstalled, transformers_consumer, versions
 from qat.export.grids import layer_grids
 from qat.export.layouts.base import Config, Layout, Misfit
+from qat.export.model_folder import computing_dtype, model_folder
 from qat.export.targets import Target, refuse
 from qat.export.tensor_files import SHARD_BYTES, Named, TensorFiles, write_tensors
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
@@ -61,23 +60,12 @@ class Checkpoint(Target):
 
     def write(self, model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         self.check(model)
-        recover(Path(folder))
-        if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / "config.json").is_file():
-            raise InputError(
-                f"{folder} holds other files, which saving would replace: choose a new or an empty folder."
-            )
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         quantization = self.layout.config(layers, _plain(model))
         if self.layout.cache is not None and (caches := _caches(model)):
             quantization |= self.layout.cache.config(caches)
-        with replaced_folder(folder) as temporary:
-            config: Any = copy.deepcopy(model.config)
-            config.quantization_config = quantization
-            config.dtype = _dtype(model)
-            parts: list[Any] = [config, getattr(model, "generation_config", None), tokenizer]
-            for part in parts:
-                if hasattr(part, "save_pretrained"):
-                    part.save_pretrained(temporary)
+        settings = {"quantization_config": quantization, "dtype": computing_dtype(model)}
+        with model_folder(folder, "config.json", model, tokenizer, **settings) as temporary:
             write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
             for name, text in self.layout.files(quantization).items():
                 (temporary / name).write_text(text)
@@ -89,7 +77,7 @@ class Checkpoint(Target):
         transposed = transposed_layers(model)
         for name, module in _plain_and_packed(model):
             if isinstance(module, KVQuantizer) and self.layout.cache is not None:
-                for leaf, tensor in self.layout.cache.tensors(module, _dtype(model)):
+                for leaf, tensor in self.layout.cache.tensors(module, computing_dtype(model)):
                     yield f"{name.rpartition('.')[0]}.{leaf}", tensor
                 continue
             if not isinstance(module, PackedLinear):
@@ -128,10 +116,9 @@ class Checkpoint(Target):
         stored = {name: leaves for name, leaves in self._leaves(files).items() if cache.is_quantized(leaves)}
         if bool(stored) != cache.is_said(config):
             raise InputError(f"{files.folder}: tensors and config.json do not agree on whether its cache is quantized.")
-        found = {
-            name: cache.restore({leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config, name, _dtype(model))
-            for name, leaves in stored.items()
-        }
+        found, dtype = {}, computing_dtype(model)
+        for name, leaves in stored.items():
+            found[name] = cache.restore({leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config, name, dtype)
         described = {name: _roles(kv) for name, kv in found.items()}
         restore_kv(model, {"window": 0, "layers": described} if described else None)
         for name, kv in found.items():
@@ -170,12 +157,6 @@ class Checkpoint(Target):
 def _plain(model: nn.Module) -> list[str]:
     """The linear layers in full precision."""
     return [name for name, module in model.named_modules() if type(module) is nn.Linear]
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in."""
-    packed = (module.weight.dtype for module in model.modules() if isinstance(module, PackedLinear))
-    return next(packed)
 
 
 def _caches(model: nn.Module) -> dict[str, KVQuantizer]:

@@ -163,7 +163,7 @@ def test_the_two_layouts_of_bitsandbytes_know_each_other(target, tmp_path):
     with pytest.raises(InputError, match="is no bitsandbytes checkpoint"):
         Checkpoint(BitsAndBytes()).read(folder)
     four = Checkpoint(BitsAndBytes()).write(converted("llama, tied", partial(TableQuantizer)), tmp_path / "nf4")
-    with pytest.raises(InputError, match="is no LLM.int8 checkpoint"):
+    with pytest.raises(InputError, match=r"is no LLM\.int8 checkpoint"):
         target.read(four)
 
 

@@ -5,7 +5,6 @@ GGUF leave out what a few architectures need (the scaling of Llama 3's rotary po
 the tokenizer's own files, because not every tokenizer has a place in GGUF.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from torch import Tensor, nn
 
-from qat.atomic import recover, replaced_folder
+from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.consumers import Consumer, NotInstalled, transformers_consumer
 from qat.export.gguf.architectures import Names, architecture_of
@@ -26,6 +25,7 @@ from qat.export.gguf.tokenizer import tokenizer_metadata
 from qat.export.gguf.writing import FLOAT_TYPES, Planned, write_file
 from qat.export.grids import LayerGrid, WeightGrid, layer_grids
 from qat.export.layouts.base import Misfit
+from qat.export.model_folder import computing_dtype, model_folder
 from qat.export.targets import Target, refuse
 from qat.nn import PackedLayer, PackedTensor
 from qat.nn.kv_quantizer import kv_layers
@@ -66,20 +66,10 @@ class Gguf(Target):
 
     def write(self, model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
         self.check(model)
-        recover(Path(folder))
-        if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / FILE).is_file():
-            raise InputError(
-                f"{folder} holds other files, which saving would replace: choose a new or an empty folder."
-            )
-        config: Any = copy.deepcopy(model.config)
+        config: Any = model.config
         tensors = list(self._tensors(model, config))
         metadata = self._metadata(config, tensors) | tokenizer_metadata(tokenizer, config.vocab_size)
-        config.dtype = _dtype(model)
-        with replaced_folder(folder) as temporary:
-            parts: list[Any] = [config, getattr(model, "generation_config", None), tokenizer]
-            for part in parts:
-                if hasattr(part, "save_pretrained"):
-                    part.save_pretrained(temporary)
+        with model_folder(folder, FILE, model, tokenizer, dtype=computing_dtype(model)) as temporary:
             write_file(temporary / FILE, architecture_of(config).name, metadata, tensors)
         return Path(folder)
 
@@ -178,11 +168,6 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, str, Tensor | PackedTensor]
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and leaf not in module._non_persistent_buffers_set:
                 yield name, leaf, tensor
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in."""
-    return next(module.dtype for module in model.modules() if isinstance(module, PackedTensor))
 
 
 def holds_gguf(path: Path) -> bool:

@@ -1,7 +1,5 @@
 """ONNX as one of the targets."""
 
-import copy
-import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from qat.atomic import recover, replaced_folder
+from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill
 from qat.export.consumers import Consumer, onnxruntime_consumer
 from qat.export.grids import LayerGrid, layer_grids
 from qat.export.layouts.base import Misfit
-from qat.export.onnx import DATA, MODEL
+from qat.export.model_folder import computing_dtype, model_folder
+from qat.export.onnx import MODEL
 from qat.export.targets import Target, refuse
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
 from qat.nn.kv_quantizer import kv_layers
@@ -79,23 +78,10 @@ class Onnx(Target):
         from qat.export.onnx.graph import to_graph
 
         self.check(model)
-        recover(Path(folder))
-        if Path(folder).is_dir() and any(Path(folder).iterdir()) and not (Path(folder) / MODEL).is_file():
-            raise InputError(
-                f"{folder} holds other files, which saving would replace: choose a new or an empty folder."
-            )
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         graph = to_graph(model, self.opset)
-        with replaced_folder(folder) as temporary:
-            config: Any = copy.deepcopy(model.config)
-            config.dtype = next(iter(layers.values())).weight.dtype
-            parts: list[Any] = [config, getattr(model, "generation_config", None), tokenizer]
-            for part in parts:
-                if hasattr(part, "save_pretrained"):
-                    part.save_pretrained(temporary)
+        with model_folder(folder, MODEL, model, tokenizer, dtype=computing_dtype(model)) as temporary:
             write_model(graph, temporary, {name: _describe(layer) for name, layer in layers.items()})
-            for name in (MODEL, DATA):
-                shutil.copymode(temporary / "config.json", temporary / name)
         return Path(folder)
 
     def read(self, folder: str | Path, trust_remote_code: bool = False) -> nn.Module:
