@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qat.numerics import packing
 from qat.numerics.formats import CodebookFormat, IntFormat
 from qat.numerics.packing import pack, packed_bytes, unpack
 
@@ -29,3 +30,15 @@ def test_the_layout_is_the_written_one():
     codes = torch.tensor([-4, -3, -2, -1, 0, 1, 2, 3], dtype=torch.int8)
     word = sum(value << (3 * i) for i, value in enumerate(range(8)))
     assert bytes(pack(codes, IntFormat(3)).tolist()) == word.to_bytes(3, "little")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("count", [15, 16, 17, 32, 40, 41])
+def test_large_tensors_are_packed_part_by_part(format, count, monkeypatch):
+    """To the same bytes."""
+    low, high = format.code_range
+    codes = torch.randint(low, high + 1, (count,)).to(format.code_dtype)
+    whole = pack(codes, format)
+    monkeypatch.setattr(packing, "_AT_ONCE", 16)
+    assert torch.equal(pack(codes, format), whole)
+    assert torch.equal(unpack(whole, format, codes.shape), codes)
