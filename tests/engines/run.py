@@ -31,6 +31,10 @@ from qat.quantizers import LSQQuantizer, MicroscalingQuantizer, MinMaxQuantizer,
 from tests.conftest import tiny_tokenizer
 from tests.engines.environments import ENGINES, Unavailable, ask
 
+# Nats a token. Sums in bfloat16 in another order diverge by 0.0014 on SmolLM2: so does this model in full precision
+# between vLLM and transformers, and its dequantized weights in vLLM. The integer kernels of vLLM for CPUs diverge by
+# 0.023 from those same weights, alike for GPTQ and compressed-tensors.
+BFLOAT16_KL, VLLM_KL = 3e-3, 5e-2
 # Likeliest tokens of each position that are compared.
 COUNT = 20
 ROOT = Path(__file__).parents[2]
@@ -59,13 +63,13 @@ TOKEN = partial(MinMaxQuantizer, bits=8, granularity="per_token", scale_dtype="f
 HALF = {"granularity": "per_group_32", "scale_dtype": "float16"}
 GPTQ, AWQ, PACKED = Checkpoint(Gptq()), Checkpoint(Awq()), Checkpoint(CompressedTensors())
 CASES = {
-    "GPTQ int4 in vLLM": Case("vllm", GPTQ, INT4, None, 1e-3),
-    "AWQ uint4 in vLLM": Case("vllm", AWQ, UINT4, None, 1e-3),
-    "compressed-tensors W4A16 in vLLM": Case("vllm", PACKED, INT4, None, 1e-3),
-    "compressed-tensors W8A8 in vLLM": Case("vllm", PACKED, INT8, TOKEN, 1e-2),
-    "GPTQ int4 in GPTQModel": Case("gptqmodel", GPTQ, INT4, None, 1e-3),
-    "GPTQ uint4 in GPTQModel": Case("gptqmodel", GPTQ, UINT4, None, 1e-3),
-    "AWQ uint4 in GPTQModel": Case("gptqmodel", AWQ, UINT4, None, 1e-3),
+    "GPTQ int4 in vLLM": Case("vllm", GPTQ, INT4, None, VLLM_KL),
+    "AWQ uint4 in vLLM": Case("vllm", AWQ, UINT4, None, VLLM_KL),
+    "compressed-tensors W4A16 in vLLM": Case("vllm", PACKED, INT4, None, VLLM_KL),
+    "compressed-tensors W8A8 in vLLM": Case("vllm", PACKED, INT8, TOKEN, VLLM_KL),
+    "GPTQ int4 in GPTQModel": Case("gptqmodel", GPTQ, INT4, None, BFLOAT16_KL),
+    "GPTQ uint4 in GPTQModel": Case("gptqmodel", GPTQ, UINT4, None, BFLOAT16_KL),
+    "AWQ uint4 in GPTQModel": Case("gptqmodel", AWQ, UINT4, None, BFLOAT16_KL),
     "GGUF Q4_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(LSQQuantizer, bits=4, **HALF), None, 1e-2),
     "GGUF Q8_0 in llama.cpp": Case("llama_cpp", Gguf(), partial(MinMaxQuantizer, bits=8, **HALF), None, 1e-2),
     "GGUF MXFP4 in llama.cpp": Case("llama_cpp", Gguf(), MicroscalingQuantizer, None, 1e-2),
