@@ -5,7 +5,7 @@ the tensors of a quantized layer look is the business of a `Layout`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill, transposed_layers
 from qat.export.consumers import Consumer, NotInstalled, transformers_consumer, versions
-from qat.export.grids import layer_grids
 from qat.export.layouts.base import Config, Layout, Misfit
 from qat.export.model_folder import computing_dtype, model_folder
-from qat.export.targets import Target, refuse
+from qat.export.targets import Target, refuse, refuse_cache, stored_grids
 from qat.export.tensor_files import SHARD_BYTES, Named, TensorFiles, write_tensors
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
 from qat.nn.kv_quantizer import KVQuantizer, kv_layers
@@ -43,14 +42,14 @@ class Checkpoint(Target):
         self.exact_engine = layout.exact_engine
 
     def check(self, model: nn.Module) -> None:
-        grids = layer_grids(model)
-        if not grids:
-            raise InputError(f"{self.title} stores quantized layers, and the scheme has none: choose scheme=w4.")
-        for name, kv in _caches(model).items():
-            if self.layout.cache is None:
-                raise InputError(f"{self.title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
+        grids = stored_grids(self.title, model)
+        cache = self.layout.cache
+        if cache is None:
+            refuse_cache(self.title, model)
+        else:
             (weight, *_) = next(iter(grids.values())).weights.values()
-            refuse(self.title, f"the KV cache of {name}", self.layout.cache.misfits(kv, weight.dtype))
+            for name, kv in _caches(model).items():
+                refuse(self.title, f"the KV cache of {name}", cache.misfits(kv, weight.dtype))
         transposed = set() if self.layout.holds_transposed else transposed_layers(model)
         for name, grid in grids.items():
             refuse(self.title, name, self.layout.misfits(grid))
@@ -66,15 +65,15 @@ class Checkpoint(Target):
             quantization |= self.layout.cache.config(caches)
         settings = {"quantization_config": quantization, "dtype": computing_dtype(model)}
         with model_folder(folder, "config.json", model, tokenizer, **settings) as temporary:
-            write_tensors(temporary, partial(self._tensors, model, quantization), self.shard_bytes)
+            tensors = partial(self._tensors, model, quantization, transposed_layers(model))
+            write_tensors(temporary, tensors, self.shard_bytes)
             for name, text in self.layout.files(quantization).items():
                 (temporary / name).write_text(text)
         return Path(folder)
 
-    def _tensors(self, model: nn.Module, config: Config) -> Named:
+    def _tensors(self, model: nn.Module, config: Config, transposed: set[str]) -> Named:
         """All tensors under the names that transformers gives them; one that several modules share, once."""
         seen: set[int] = set()
-        transposed = transposed_layers(model)
         for name, module in _plain_and_packed(model):
             if isinstance(module, KVQuantizer) and self.layout.cache is not None:
                 for leaf, tensor in self.layout.cache.tensors(module, computing_dtype(model)):
@@ -101,19 +100,23 @@ class Checkpoint(Target):
             )
         transposed = transposed_layers(model)
         conv1d_to_linear(model)
-        for name, leaves in self._leaves(files).items():
+        modules, stored = dict(model.named_modules()), self._leaves(files)
+        for name, leaves in stored.items():
             if self.layout.is_quantized(leaves):
-                self._restore(model, name, {leaf: files[f"{name}.{leaf}"] for leaf in leaves}, config)
-        self._restore_caches(model, files, config)
+                tensors = {leaf: files[f"{name}.{leaf}"] for leaf in leaves}
+                replace(model, name, self._restored(modules.get(name), name, tensors, config))
+        self._restore_caches(model, files, stored, config)
         fill(model, files, transposed)
         return model.eval()
 
-    def _restore_caches(self, model: nn.Module, files: TensorFiles, config: Config) -> None:
+    def _restore_caches(
+        self, model: nn.Module, files: TensorFiles, stored: Mapping[str, set[str]], config: Config
+    ) -> None:
         """Put the stored grids of keys and values into the attention layers."""
         cache = self.layout.cache
         if cache is None:
             return
-        stored = {name: leaves for name, leaves in self._leaves(files).items() if cache.is_quantized(leaves)}
+        stored = {name: leaves for name, leaves in stored.items() if cache.is_quantized(leaves)}
         if bool(stored) != cache.is_said(config):
             raise InputError(f"{files.folder}: tensors and config.json do not agree on whether its cache is quantized.")
         found, dtype = {}, computing_dtype(model)
@@ -140,18 +143,17 @@ class Checkpoint(Target):
             found.setdefault(owner, set()).add(leaf)
         return found
 
-    def _restore(self, model: nn.Module, name: str, tensors: dict[str, Tensor], config: Config) -> None:
-        """Put the packed layer `name` in the place of the linear one."""
-        linear = model.get_submodule(name) if name in dict(model.named_modules()) else None
+    def _restored(
+        self, linear: nn.Module | None, name: str, tensors: dict[str, Tensor], config: Config
+    ) -> PackedLinear:
+        """The packed layer `name`, for the place of the linear one."""
         if not isinstance(linear, nn.Linear):
             raise InputError(f"The checkpoint does not fit its config.json, whose model has no linear layer {name}.")
         weight, input = self.layout.restore(tensors, config, name, linear.weight.dtype)
         if tuple(weight.shape) != tuple(linear.weight.shape):
             raise InputError(f"{name} is {list(weight.shape)}, and its config.json says {list(linear.weight.shape)}.")
-        packed = PackedLinear(
-            linear, {"weight": PackedTensor.from_quantized(weight)}, input or nn.Identity(), nn.Identity()
-        )
-        replace(model, name, packed)
+        packed = {"weight": PackedTensor.from_quantized(weight)}
+        return PackedLinear(linear, packed, input or nn.Identity(), nn.Identity())
 
 
 def _plain(model: nn.Module) -> list[str]:

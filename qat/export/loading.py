@@ -11,7 +11,7 @@ from torch import nn
 from qat.errors import InputError, nearest
 from qat.export import artifact
 from qat.export.checkpoint import Checkpoint
-from qat.export.gguf.target import Gguf, holds_gguf
+from qat.export.gguf import holds_gguf
 from qat.export.layouts import LAYOUTS
 from qat.export.native import Native
 from qat.export.onnx import MODEL
@@ -72,6 +72,8 @@ def target_of(folder: str | Path) -> Target | None:
     if (folder / artifact.CONFIG).is_file():  # whose model may have no config.json
         return Native()
     if holds_gguf(folder):
+        from qat.export.gguf.target import Gguf  # whose package takes half a second to import
+
         return Gguf()
     if (folder / MODEL).is_file():
         return Onnx()

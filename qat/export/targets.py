@@ -9,7 +9,9 @@ from torch import nn
 
 from qat.errors import InputError
 from qat.export.consumers import Consumer
+from qat.export.grids import LayerGrid, layer_grids
 from qat.export.layouts.base import Misfit
+from qat.nn.kv_quantizer import kv_layers
 
 
 class Target(ABC):
@@ -56,6 +58,28 @@ class Target(ABC):
             NotInstalled: if it is not in this environment.
         """
         return None
+
+
+def stored_grids(title: str, model: nn.Module) -> dict[str, LayerGrid]:
+    """The grids of the quantized layers of `model`, for a target that stores such layers.
+
+    Raises:
+        InputError: if there are none.
+    """
+    grids = layer_grids(model)
+    if not grids:
+        raise InputError(f"{title} stores quantized layers, and the scheme has none: choose scheme=w4.")
+    return grids
+
+
+def refuse_cache(title: str, model: nn.Module) -> None:
+    """Refuse quantized keys and values.
+
+    Raises:
+        InputError: if there are some.
+    """
+    if any(True for _ in kv_layers(model)):
+        raise InputError(f"{title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
 
 
 def refuse(title: str, name: str, misfits: Iterable[Misfit]) -> None:

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.consumers import Consumer, NotInstalled, transformers_consumer
+from qat.export.gguf import FILE as FILE
 from qat.export.gguf.architectures import Names, architecture_of
 from qat.export.gguf.blocks import TERNARY_TYPES, BlockType, holder, misfits
 from qat.export.gguf.reading import read_model
 from qat.export.gguf.rope import FACTORS, rope_factors
 from qat.export.gguf.tokenizer import tokenizer_metadata
 from qat.export.gguf.writing import FLOAT_TYPES, Planned, write_file
-from qat.export.grids import LayerGrid, WeightGrid, layer_grids
+from qat.export.grids import LayerGrid, WeightGrid
 from qat.export.layouts.base import Misfit
 from qat.export.model_folder import computing_dtype, model_folder
-from qat.export.targets import Target, refuse
+from qat.export.targets import Target, refuse, refuse_cache, stored_grids
 from qat.nn import PackedLayer, PackedTensor
-from qat.nn.kv_quantizer import kv_layers
 
-FILE = "model.gguf"
 _KINDS = ("linear", "embedding")
 _FILE_TYPES = {"MXFP4": "MOSTLY_MXFP4_MOE"}
 # As llama.cpp's own converter keeps them, beside everything of one dimension.
@@ -54,11 +53,8 @@ class Gguf(Target):
         self.name = name
 
     def check(self, model: nn.Module) -> None:
-        grids = layer_grids(model)
-        if any(True for _ in kv_layers(model)):
-            raise InputError(f"{self.title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
-        if not grids:
-            raise InputError(f"{self.title} stores quantized layers, and the scheme has none: choose scheme=w4.")
+        refuse_cache(self.title, model)
+        grids = stored_grids(self.title, model)
         config = getattr(model, "config", None)
         architecture_of(config).check(config)
         for name, grid in grids.items():
@@ -168,11 +164,6 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, str, Tensor | PackedTensor]
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and leaf not in module._non_persistent_buffers_set:
                 yield name, leaf, tensor
-
-
-def holds_gguf(path: Path) -> bool:
-    """Whether `path` is a GGUF file, or a folder with some and no other weights."""
-    return path.suffix == ".gguf" or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")))
 
 
 def _file_in(path: Path) -> Path:

@@ -21,10 +21,10 @@ from qat.export.layouts.base import (
     Layout,
     Misfit,
     StoredLinear,
-    common_misfits,
     group_misfits,
     integer_misfits,
     name_misfits,
+    weight_only_misfits,
 )
 from qat.export.layouts.checks import group_count, option, taken
 from qat.export.layouts.words import WORD, from_words, signed, to_words, unsigned
@@ -49,9 +49,7 @@ class Awq(Layout):
     engines = "vLLM and GPTQModel"
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
-        yield from common_misfits(grid)
-        if grid.input is not None:
-            yield Misfit("a quantized input", "quantizer@scheme.input=none")
+        yield from weight_only_misfits(grid)
         weight = grid.weights["weight"]
         yield from integer_misfits(weight, [_BITS])
         yield from group_misfits(weight, _GROUPS)

@@ -165,6 +165,13 @@ def common_misfits(grid: LayerGrid) -> Iterator[Misfit]:
         yield Misfit("a quantized output", "quantizer@scheme.output=none")
 
 
+def weight_only_misfits(grid: LayerGrid) -> Iterator[Misfit]:
+    """What no layout takes that stores linear layers whose activations are in full precision."""
+    yield from common_misfits(grid)
+    if grid.input is not None:
+        yield Misfit("a quantized input", "quantizer@scheme.input=none")
+
+
 def integer_misfits(weight: WeightGrid, bits: Sequence[int]) -> Iterator[Misfit]:
     """Misfits of a weight for integers of these bits with 16-bit scales."""
     if not isinstance(weight.format, IntFormat):

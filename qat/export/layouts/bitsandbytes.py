@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from qat.errors import InputError
 from qat.export.grids import LayerGrid, WeightGrid
-from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, boundary_misfits, common_misfits
+from qat.export.layouts.base import Config, Layout, Misfit, StoredLinear, boundary_misfits, weight_only_misfits
 from qat.export.layouts.checks import option, taken
 from qat.nn import PackedLinear
 from qat.nn.packed import dtype_name
@@ -72,9 +72,7 @@ class BitsAndBytes(BitsAndBytesLayout):
         return super().wrote(config) and not config.get("load_in_8bit")
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
-        yield from common_misfits(grid)
-        if grid.input is not None:
-            yield Misfit("a quantized input", "quantizer@scheme.input=none")
+        yield from weight_only_misfits(grid)
         weight = grid.weights["weight"]
         if weight.format != CodebookFormat(16):
             yield Misfit(f"{weight.format.name} codes", "quantizer@scheme.weight=nf4")

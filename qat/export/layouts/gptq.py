@@ -24,9 +24,9 @@ from qat.export.layouts.base import (
     Layout,
     Misfit,
     StoredLinear,
-    common_misfits,
     group_misfits,
     integer_misfits,
+    weight_only_misfits,
 )
 from qat.export.layouts.words import WORD, from_words, signed, to_words, unsigned
 from qat.nn import PackedLinear
@@ -50,9 +50,7 @@ class Gptq(Layout):
     engines = "vLLM and GPTQModel"
 
     def misfits(self, grid: LayerGrid) -> Iterator[Misfit]:
-        yield from common_misfits(grid)
-        if grid.input is not None:
-            yield Misfit("a quantized input", "quantizer@scheme.input=none")
+        yield from weight_only_misfits(grid)
         weight = grid.weights["weight"]
         yield from integer_misfits(weight, _BITS)
         yield from group_misfits(weight, _GROUPS)

@@ -11,13 +11,12 @@ from qat.atomic import recover
 from qat.errors import InputError
 from qat.export.architecture import empty_model, fill
 from qat.export.consumers import Consumer, onnxruntime_consumer
-from qat.export.grids import LayerGrid, layer_grids
+from qat.export.grids import LayerGrid
 from qat.export.layouts.base import Misfit
 from qat.export.model_folder import computing_dtype, model_folder
 from qat.export.onnx import MODEL
-from qat.export.targets import Target, refuse
+from qat.export.targets import Target, refuse, refuse_cache, stored_grids
 from qat.nn import PackedLinear, PackedTensor, StoredActivation
-from qat.nn.kv_quantizer import kv_layers
 from qat.transforms.layers import conv1d_to_linear, replace
 
 _PACKAGES = ("onnx", "onnxscript")
@@ -51,11 +50,8 @@ class Onnx(Target):
         self.opset = opset
 
     def check(self, model: nn.Module) -> None:
-        grids = layer_grids(model)
-        if any(True for _ in kv_layers(model)):
-            raise InputError(f"{self.title} has no place for a quantized KV cache: set kv@scheme.kv=none.")
-        if not grids:
-            raise InputError(f"{self.title} stores quantized layers, and the scheme has none: choose scheme=w4.")
+        refuse_cache(self.title, model)
+        grids = stored_grids(self.title, model)
         if not hasattr(model, "config"):
             raise InputError(f"{self.title} is written for causal language models of transformers: export=native.")
         for name, grid in grids.items():
